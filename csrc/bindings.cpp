@@ -1,0 +1,16 @@
+// tts_kernels._C: pointers, sizes and strides as integers; no torch. A tensor is (address, strides in elements...).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/bind.h"
+#include "cpu/code_path.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.def("cpu_tree_attention", &tts::cpu_tree_attention, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_append_kv", &tts::cpu_append_kv, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_merge_states", &tts::cpu_merge_states, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_code_paths", &tts::code_paths);
+  m.def("cpu_active_code_path", &tts::active_code_path_name);
+}

@@ -1,0 +1,417 @@
+// Items in AMX tiles: bf16 queries over bf16 or fp8 KV; any other dtype takes the FMA items at this vector width.
+//
+// Both products are computed transposed, so that rows stay in lanes and the softmax is the one of the FMA path:
+//   score [tokens][lanes] = K [tokens][dim] * Q^T   K rows are the A operand straight from the cache, Q^T is packed once
+//   o^T   [dim][lanes]   += V^T [dim][tokens] * P^T  V^T is transposed once per block, for all row tiles
+// Scratch of an item; a row tile is 16 or 32 packed rows wide, dim is head_dim padded to 32:
+//   q     [lanes / tile][dim / 32][tile / 16][16 pairs of d][16 rows]   bf16 pairs
+//   vt    [heads][dim][kAmxBlock]                bf16
+//   score [kAmxBlock][tile]                      fp32
+//   pairs [tile / 16][kAmxBlock / 2][16 rows]    bf16 pairs of tokens
+//   ot    [lanes / tile][dim][tile]              fp32
+#pragma once
+
+#include "fma_code_path.h"
+
+namespace {
+
+static_assert(VW == 16, "tiles are 16 lanes wide");
+
+constexpr int kAmxBlock = 128;
+constexpr int kVtStride = kAmxBlock * 2 + 64;        // bytes: rows spread over the sets of the L1
+constexpr int kCopyStride = tts::kMaxHeadDim * 2 + 64;  // bytes, of K and V rows copied to scratch
+constexpr int kPairStride = kAmxBlock / 2 * 16;      // uint32_t per vector of lanes
+
+// In place: x[i][j] <-> x[j][i].
+TTS_INLINE void transpose_16x16(vi x[16]) {
+  vi y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    y[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = __builtin_shufflevector(y[i + j], y[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      x[i + 2 * j + 1] = __builtin_shufflevector(y[i + j], y[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+  // x[4 * q + c]: in 128-bit lane b, rows 4q..4q+3 of column 4b + c.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    y[c] = __builtin_shufflevector(x[c], x[4 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    y[4 + c] = __builtin_shufflevector(x[c], x[4 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    y[8 + c] = __builtin_shufflevector(x[8 + c], x[12 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    y[12 + c] = __builtin_shufflevector(x[8 + c], x[12 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  // y[c], y[8 + c]: columns c and 8 + c; y[4 + c], y[12 + c]: columns 4 + c and 12 + c; lanes are (lo rows, hi column) pairs.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    x[c] = __builtin_shufflevector(y[c], y[8 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    x[8 + c] = __builtin_shufflevector(y[c], y[8 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    x[4 + c] = __builtin_shufflevector(y[4 + c], y[12 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    x[12 + c] = __builtin_shufflevector(y[4 + c], y[12 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+}
+
+TTS_INLINE vi load_bits(const void* p) { return (vi)load((const float*)p); }
+TTS_INLINE void store_bits(void* p, vi x) { store((float*)p, (vf)x); }
+
+// One cache row as bf16 in scratch, zero from head_dim up to the padded dim.
+TTS_INLINE void copy_row_bf16(const TreeAttentionParams& p, const void* cache, int64_t element, char* to) {
+  uint16_t* row = (uint16_t*)to;
+  const int dim = tts::padded_head_dim(p.head_dim);
+  int d = 0;
+  if (p.kv_dtype == DType::bf16) {
+    for (; d + VW <= p.head_dim; d += VW) *(vh_any*)(row + d) = *(const vh_any*)((const uint16_t*)cache + element + d);
+    for (; d < p.head_dim; ++d) row[d] = ((const uint16_t*)cache)[element + d];
+  } else {
+    for (; d + VW <= p.head_dim; d += VW)
+      *(vh_any*)(row + d) = __builtin_convertvector((vu)load_as_float<DType::f8e4m3>(cache, element + d) >> 16, vh);
+    if (d < p.head_dim) {
+      const vh tail = __builtin_convertvector(
+          (vu)load_tail_as_float<DType::f8e4m3>(cache, element + d, p.head_dim - d) >> 16, vh);
+      for (int i = 0; d < p.head_dim; ++d, ++i) row[d] = tail[i];
+    }
+  }
+  for (; d < dim; ++d) row[d] = 0;
+}
+
+// Where the A operand of each 16 tokens of K starts, and its row stride in bytes.
+struct KTiles {
+  const char* at[kAmxBlock / 16];
+  int64_t stride;
+};
+
+// score[token][lanes] for the 16-token groups [first, last) of the block.
+void score_groups_2(const KTiles& k, int first, int last, const uint32_t* q, int dim, float* score) {
+  TILE_FENCE();
+  for (int g = first; g < last; g += 2) {
+    const bool both = g + 1 < last;
+    const char *a0 = k.at[g], *a1 = k.at[both ? g + 1 : g];
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int d = 0; d < dim; d += 32) {
+      const uint32_t* b = q + d / 32 * 512;
+      TILE_LOAD(6, b, 64);
+      TILE_LOAD(4, a0 + d * 2, k.stride);
+      TILE_DOT(0, 4, 6);
+      TILE_LOAD(7, b + 256, 64);
+      TILE_DOT(1, 4, 7);
+      TILE_LOAD(5, a1 + d * 2, k.stride);
+      TILE_DOT(2, 5, 6);
+      TILE_DOT(3, 5, 7);
+    }
+    float* c = score + g * 16 * 32;
+    TILE_STORE(0, c, 128);
+    TILE_STORE(1, c + 16, 128);
+    if (both) {
+      TILE_STORE(2, c + 16 * 32, 128);
+      TILE_STORE(3, c + 16 * 32 + 16, 128);
+    }
+  }
+  TILE_FENCE();
+}
+
+void score_groups_1(const KTiles& k, int first, int last, const uint32_t* q, int dim, float* score) {
+  TILE_FENCE();
+  for (int g = first; g < last; g += 2) {
+    const bool both = g + 1 < last;
+    const char *a0 = k.at[g], *a1 = k.at[both ? g + 1 : g];
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    for (int d = 0; d < dim; d += 32) {
+      TILE_LOAD(6, q + d / 32 * 256, 64);
+      TILE_LOAD(4, a0 + d * 2, k.stride);
+      TILE_DOT(0, 4, 6);
+      TILE_LOAD(5, a1 + d * 2, k.stride);
+      TILE_DOT(1, 5, 6);
+    }
+    float* c = score + g * 16 * 16;
+    TILE_STORE(0, c, 64);
+    if (both) TILE_STORE(1, c + 256, 64);
+  }
+  TILE_FENCE();
+}
+
+// ot[d][lanes] += vt[d][tokens] * pairs[tokens][lanes] over the 32-token groups [first, last) of the block.
+void output_groups_2(const char* vt, const uint32_t* pairs, int first, int last, int dim, bool fresh, float* ot) {
+  TILE_FENCE();
+  for (int d = 0; d < dim; d += 32) {
+    float* c = ot + d * 32;
+    if (fresh) {
+      TILE_ZERO(0);
+      TILE_ZERO(1);
+      TILE_ZERO(2);
+      TILE_ZERO(3);
+    } else {
+      TILE_LOAD(0, c, 128);
+      TILE_LOAD(1, c + 16, 128);
+      TILE_LOAD(2, c + 16 * 32, 128);
+      TILE_LOAD(3, c + 16 * 32 + 16, 128);
+    }
+    for (int g = first; g < last; ++g) {
+      const char* a = vt + int64_t(d) * kVtStride + g * 64;
+      TILE_LOAD(6, pairs + g * 256, 64);
+      TILE_LOAD(4, a, kVtStride);
+      TILE_DOT(0, 4, 6);
+      TILE_LOAD(7, pairs + kPairStride + g * 256, 64);
+      TILE_DOT(1, 4, 7);
+      TILE_LOAD(5, a + 16 * kVtStride, kVtStride);
+      TILE_DOT(2, 5, 6);
+      TILE_DOT(3, 5, 7);
+    }
+    TILE_STORE(0, c, 128);
+    TILE_STORE(1, c + 16, 128);
+    TILE_STORE(2, c + 16 * 32, 128);
+    TILE_STORE(3, c + 16 * 32 + 16, 128);
+  }
+  TILE_FENCE();
+}
+
+void output_groups_1(const char* vt, const uint32_t* pairs, int first, int last, int dim, bool fresh, float* ot) {
+  TILE_FENCE();
+  for (int d = 0; d < dim; d += 32) {
+    float* c = ot + d * 16;
+    if (fresh) {
+      TILE_ZERO(0);
+      TILE_ZERO(1);
+    } else {
+      TILE_LOAD(0, c, 64);
+      TILE_LOAD(1, c + 256, 64);
+    }
+    for (int g = first; g < last; ++g) {
+      const char* a = vt + int64_t(d) * kVtStride + g * 64;
+      TILE_LOAD(6, pairs + g * 256, 64);
+      TILE_LOAD(4, a, kVtStride);
+      TILE_DOT(0, 4, 6);
+      TILE_LOAD(5, a + 16 * kVtStride, kVtStride);
+      TILE_DOT(1, 5, 6);
+    }
+    TILE_STORE(0, c, 64);
+    TILE_STORE(1, c + 256, 64);
+  }
+  TILE_FENCE();
+}
+
+// ot *= rescale, unless that is all ones.
+template <int kVectors>
+void rescale_output(const float* rescale, int dim, float* ot) {
+  vf by[kVectors];
+  bool needed = false;
+  for (int i = 0; i < kVectors * VW; ++i) needed |= rescale[i] != 1.0f;
+  if (!needed) return;
+  for (int v = 0; v < kVectors; ++v) by[v] = load(rescale + v * VW);
+  for (int d = 0; d < dim; ++d)
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = ot + (d * kVectors + v) * VW;
+      store(at, load(at) * by[v]);
+    }
+}
+
+struct AmxBody {
+  static constexpr int kBlock = kAmxBlock;
+
+  const TreeAttentionParams& p;
+  const WorkItem& item;
+  const ItemLanes& lanes;
+  Prefetcher ahead;
+  const int dim;                       // padded head_dim
+  const bool k_in_place, v_in_place;   // tiles of K, rows of V are read straight from the cache
+  KTiles k_tiles[tts::kNarrowElements / 32];  // [heads]
+  uint32_t *q, *pairs;
+  char *vt, *k_copy, *v_copy;
+  float *score, *ot, *o, *rescale;
+
+  AmxBody(const TreeAttentionParams& p_, const WorkItem& item_, const ItemLanes& lanes_, Carver& c)
+      : p(p_), item(item_), lanes(lanes_), ahead(p_), dim(tts::padded_head_dim(p_.head_dim)),
+        k_in_place(p.kv_dtype == DType::bf16 && p.head_dim % 32 == 0 && p.page_size % 16 == 0),
+        v_in_place(p.kv_dtype == DType::bf16 && p.head_dim % 32 == 0) {
+    const int64_t heads = max_(1, min_(p.num_kv_heads, tts::kNarrowElements / p.head_dim));
+    q = c.take<uint32_t>(kScratchLanes * dim / 2);
+    pairs = c.take<uint32_t>(2 * kPairStride);
+    vt = c.take<char>(heads * dim * kVtStride);
+    k_copy = c.take<char>(k_in_place ? 0 : heads * kBlock * kCopyStride);
+    v_copy = c.take<char>(v_in_place ? 0 : 32 * kCopyStride);
+    score = c.take<float>(kBlock * kTileLanes);
+    ot = c.take<float>(kScratchLanes * dim);
+    o = c.take<float>(kTileLanes * dim);
+    rescale = c.take<float>(kTileLanes);
+  }
+
+  // Queries of one tile as B operands; lanes without a row are 0. A negative factor goes into the sign, so that the
+  // softmax may take the maximum before it scales; a zero factor makes every score 0.
+  void pack(int kv_head, int first_row, int rows, int lane) {
+    const int group = p.group(), vectors = rows > VW ? 2 : 1;
+    const float factor = logit_factor(p, kv_head);
+    const uint32_t flip = factor < 0.0f ? 0x80008000u : 0u;
+    uint32_t* to = q + int64_t(lane) * dim / 2;
+    for (int i = 0; i < vectors * VW; ++i) {
+      const uint16_t* row = nullptr;
+      if (i < rows && factor != 0.0f) {
+        const int64_t caller_row = p.rows[item.row_begin + (first_row + i) / group];
+        row = (const uint16_t*)p.q + caller_row * p.q_row + (kv_head * group + (first_row + i) % group) * p.q_head;
+      }
+      for (int pair = 0; pair < dim / 2; ++pair) {
+        uint32_t bits = 0;
+        if (row != nullptr) {
+          if (2 * pair < p.head_dim) bits = row[2 * pair];
+          if (2 * pair + 1 < p.head_dim) bits |= uint32_t(row[2 * pair + 1]) << 16;
+          bits ^= flip;
+        }
+        to[((pair / 16 * vectors + i / 16) * 16 + pair % 16) * 16 + i % 16] = bits;
+      }
+    }
+  }
+
+  // K as A operands: in place if 16 tokens lie in one page and a row is a whole number of tile columns, else copied.
+  // Tokens outside [begin, end) give scores that nobody reads. While this block's V is transposed its K is asked for.
+  void load_block(int block, int begin, int end) {
+    const int heads = item.head_end - item.head_begin;
+    for (int head = 0; head < heads; ++head) k_tiles[head].stride = k_in_place ? p.k_token * 2 : kCopyStride;
+    if (k_in_place) {
+      for (int t = begin & ~15; t < end; t += 16) {
+        const int64_t element = k_cursor(p, item.node, t).element();
+        for (int head = 0; head < heads; ++head)
+          k_tiles[head].at[(t - block) / 16] = (const char*)p.k + (element + (item.head_begin + head) * p.k_head) * 2;
+      }
+    } else {
+      Cursor from = k_cursor(p, item.node, begin);
+      for (int t = begin;;) {
+        for (int head = 0; head < heads; ++head)
+          copy_row_bf16(p, p.k, from.element() + (item.head_begin + head) * p.k_head,
+                        k_copy + int64_t(head * kBlock + t - block) * kCopyStride);
+        if (++t == end) break;
+        from.next();
+      }
+      for (int head = 0; head < heads; ++head)
+        for (int t = begin & ~15; t < end; t += 16)
+          k_tiles[head].at[(t - block) / 16] = k_copy + int64_t(head * kBlock + t - block) * kCopyStride;
+    }
+    for (int group = begin & ~31; group < end; group += 32) transpose_v(block, group, begin, end);
+  }
+
+  // V of 32 tokens, transposed for every head: vt[d][token - block], 0 outside [begin, end).
+  void transpose_v(int block, int group, int begin, int end) {
+    typedef uint16_t v32h __attribute__((vector_size(64)));
+    const int heads = item.head_end - item.head_begin;
+    int64_t element[32];
+    const int from = max_(group, begin), to = min_(group + 32, end);
+    Cursor at = v_cursor(p, item.node, from);
+    for (int t = from;;) {
+      element[t - group] = at.element();
+      if (++t == to) break;
+      at.next();
+    }
+    for (int head = 0; head < heads; ++head) {
+      const char* row[32];
+      for (int i = 0; i < 32; ++i) {
+        row[i] = nullptr;
+        if (group + i < from || group + i >= to) continue;
+        const int64_t e = element[i] + (item.head_begin + head) * p.v_head;
+        row[i] = v_in_place ? (const char*)p.v + e * 2 : v_copy + i * kCopyStride;
+        if (!v_in_place) copy_row_bf16(p, p.v, e, v_copy + i * kCopyStride);
+      }
+      for (int d = 0; d < dim; d += 32) {
+        vi low[16], high[16];  // pairs of tokens; d = 0-3, 8-11, 16-19, 24-27 of the 32, and the others
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          const v32h a = (v32h)(row[2 * i] ? load_bits(row[2 * i] + d * 2) : (vi){});
+          const v32h b = (v32h)(row[2 * i + 1] ? load_bits(row[2 * i + 1] + d * 2) : (vi){});
+          low[i] = (vi)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17,
+                                               49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59);
+          high[i] = (vi)__builtin_shufflevector(a, b, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20, 52,
+                                                21, 53, 22, 54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63);
+        }
+        transpose_16x16(low);
+        transpose_16x16(high);
+        char* out = vt + int64_t(head * dim + d) * kVtStride + (group - block) * 2;
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) {
+          store_bits(out + (j / 4 * 8 + j % 4) * kVtStride, low[j]);
+          store_bits(out + (j / 4 * 8 + 4 + j % 4) * kVtStride, high[j]);
+        }
+      }
+    }
+  }
+
+  template <int kVectors>
+  void tile_of(const TileTask& t) {
+    constexpr int kTile = kVectors * VW;
+    const int from = (t.first - t.block) & ~1, to = t.last - t.block;  // an even start: tokens go in pairs
+    const int group_first = from / 32, group_last = (to + 31) / 32;
+    const uint32_t* tile_q = q + int64_t(t.lane) * dim / 2;
+    const char* tile_vt = vt + int64_t(t.head) * dim * kVtStride;
+    float* tile_ot = ot + int64_t(t.lane) * dim;
+    if (kVectors == 2)
+      score_groups_2(k_tiles[t.head], from / 16, (to + 15) / 16, tile_q, dim, score);
+    else
+      score_groups_1(k_tiles[t.head], from / 16, (to + 15) / 16, tile_q, dim, score);
+    ahead.step(to - from);
+    const Sight sight = {lanes.first + t.first_row, lanes.last + t.first_row};
+    const float factor = logit_factor(p, item.head_begin + t.head);
+    softmax_tile<kVectors, 4>(score + from * kTile, to - from, t.block + from, t.masked || t.block + from < t.first, sight,
+                              factor == 0.0f ? 1.0f : __builtin_fabsf(factor), p.softcap, lanes.m + t.lane,
+                              lanes.l + t.lane, rescale, pairs + from / 2 * VW, kPairStride);
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = group_first * 16; i < from / 2; ++i) store_bits(pairs + v * kPairStride + i * VW, (vi){});
+      for (int i = (to + 1) / 2; i < group_last * 16; ++i) store_bits(pairs + v * kPairStride + i * VW, (vi){});
+    }
+    if (!t.fresh) rescale_output<kVectors>(rescale, dim, tile_ot);
+    if (kVectors == 2)
+      output_groups_2(tile_vt, pairs, group_first, group_last, dim, t.fresh, tile_ot);
+    else
+      output_groups_1(tile_vt, pairs, group_first, group_last, dim, t.fresh, tile_ot);
+  }
+
+  void tile(const TileTask& t) {
+    if (t.rows > VW)
+      tile_of<2>(t);
+    else
+      tile_of<1>(t);
+  }
+
+  // ot[dim][tile] -> rows.
+  const float* collect(int lane, int rows, int columns, float* to) {
+    if (to == nullptr) to = o;
+    const int tile = rows > VW ? kTileLanes : VW;
+    const float* from = ot + int64_t(lane) * dim;
+    for (int row = 0; row < rows; row += 16)
+      for (int d = 0; d < columns; d += 16) {
+        vi x[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = load_bits(from + (d + i) * tile + row);
+        transpose_16x16(x);
+        for (int i = 0; i < 16 && row + i < rows; ++i) store_bits(to + int64_t(row + i) * dim + d, x[i]);
+      }
+    return to;
+  }
+};
+
+void run_amx(const TreeAttentionParams& p, const States& states, const WorkItem& item, const WorkItem* next,
+             void* scratch) {
+  const bool tiles = p.q_dtype == DType::bf16 && (p.kv_dtype == DType::bf16 || p.kv_dtype == DType::f8e4m3);
+  if (!tiles) return run_fma(p, states, item, next, scratch);
+  Carver carver = {(char*)scratch};
+  const ItemLanes lanes = take_lanes(carver);
+  AmxBody body(p, item, lanes, carver);
+  run_item(body, p, states, item, next, lanes);
+}
+
+int64_t amx_scratch_bytes(const TreeAttentionParams& p) {
+  Carver carver = {nullptr};
+  const WorkItem item = {};
+  const ItemLanes lanes = take_lanes(carver);
+  const AmxBody body(p, item, lanes, carver);
+  const int64_t fma = fma_scratch_bytes(p);
+  return carver.used > fma ? carver.used : fma;
+}
+
+constexpr tts::CodePath amx_code_path(const char* name) {
+  return {name, amx_scratch_bytes, tiles_enter, tiles_leave, run_amx, finish_row, merge_states};
+}
+
+}  // namespace

@@ -1,0 +1,77 @@
+// One plain struct per kernel: a shape beside each pointer, strides in elements, everything else by value.
+#pragma once
+
+#include <cstdint>
+
+// Always inlined: files compiled for different instruction sets share these without sharing code.
+#define TTS_SHARED inline __attribute__((always_inline))
+
+namespace tts {
+
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f8e4m3 = 3 };
+
+TTS_SHARED int64_t dtype_bytes(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::f8e4m3 ? 1 : 2;
+}
+
+struct TreeAttentionParams {
+  const void* q;  // [num_rows, num_heads, head_dim], q_dtype
+  int64_t q_row, q_head;
+  void* out;  // [num_rows, num_heads, head_dim], q_dtype
+  int64_t out_row, out_head;
+  float* lse;     // [num_rows, num_heads] contiguous, natural log, or null
+  const void* k;  // [pages, page_size, num_kv_heads, head_dim], kv_dtype
+  int64_t k_page, k_token, k_head;
+  const void* v;  // [pages, page_size, num_kv_heads, head_dim], kv_dtype
+  int64_t v_page, v_token, v_head;
+
+  const int32_t* nodes;  // [7, num_nodes] depth first: parent, length, position, page begin, own rows, own end, rows end
+  const int32_t* pages;  // page ids, node by node
+  const int32_t* rows;   // [2, num_rows]: the caller's row, the node that owns it
+
+  const float* sinks;    // [num_heads] or null
+  const float* k_scale;  // [num_kv_heads] or null
+  const float* v_scale;  // [num_kv_heads] or null
+
+  int32_t num_rows, num_heads, num_kv_heads, head_dim;
+  int32_t num_nodes, page_size;
+  int32_t window;  // a row sees the last window + 1 positions; -1: all
+  bool causal;
+  float scale, softcap;  // softcap 0: off
+  DType q_dtype, kv_dtype;
+
+  TTS_SHARED int32_t group() const { return num_heads / num_kv_heads; }
+  TTS_SHARED int32_t parent(int n) const { return nodes[n]; }
+  TTS_SHARED int32_t length(int n) const { return nodes[num_nodes + n]; }
+  TTS_SHARED int32_t position(int n) const { return nodes[2 * num_nodes + n]; }
+  TTS_SHARED int32_t page_begin(int n) const { return nodes[3 * num_nodes + n]; }
+  TTS_SHARED int32_t own_begin(int n) const { return nodes[4 * num_nodes + n]; }
+  TTS_SHARED int32_t own_end(int n) const { return nodes[5 * num_nodes + n]; }
+  TTS_SHARED int32_t rows_end(int n) const { return nodes[6 * num_nodes + n]; }
+};
+
+struct AppendKVParams {
+  const void* k;  // [num_rows, num_kv_heads, head_dim]
+  int64_t k_row, k_head;
+  const void* v;  // [num_rows, num_kv_heads, head_dim]
+  int64_t v_row, v_head;
+  void* k_cache;  // [pages, page_size, num_kv_heads, head_dim]
+  int64_t k_page, k_token, k_cache_head;
+  void* v_cache;  // [pages, page_size, num_kv_heads, head_dim]
+  int64_t v_page, v_token, v_cache_head;
+  const int64_t* slots;  // [num_rows] page * page_size + offset; -1 skips the row
+  int64_t num_rows, num_kv_heads, page_size;
+  int64_t row_bytes;  // head_dim * element size
+  int64_t element_bytes;
+};
+
+struct MergeStatesParams {
+  const void* out;      // [num_states, count, head_dim] contiguous, dtype; count = rows * heads
+  const float* lse;     // [num_states, count] contiguous, natural log
+  void* merged_out;     // [count, head_dim] contiguous, dtype
+  float* merged_lse;    // [count]
+  int64_t num_states, count, head_dim;
+  DType dtype;
+};
+
+}  // namespace tts

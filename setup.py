@@ -1,0 +1,210 @@
+"""Builds `tts_kernels._C`; everything else is declared in pyproject.toml.
+
+The compiler is called directly rather than through distutils, because every file under csrc/cpu/isa has its own
+instruction set, objects are compiled in parallel, and only what changed is compiled again.
+
+Where the module cannot be built (no C++ compiler, no OpenMP, no Python headers), the package installs without it after
+one warning; code of ours that does not compile fails the installation.
+
+Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, compiler processes at a time (default: one per core);
+TTS_KERNELS_SANITIZE, e.g. `address,undefined`, for an instrumented module.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = Path("csrc")
+
+# -Wmaybe-uninitialized and -Wpsabi speak about GCC's own vector headers; clang knows neither.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+
+# Files of csrc/cpu/isa that need more than the default flags: the flags, the macro that tells all files that the code
+# path is in the module, and statements on `float* x` that compile only where the compiler knows the instructions.
+ISA = {
+    "avx2": (AVX2, "TTS_HAVE_AVX2", "__m256 a = _mm256_loadu_ps(x); _mm256_storeu_ps(x, _mm256_fmadd_ps(a, a, a));"),
+    "avx512": (AVX512, "TTS_HAVE_AVX512", "__m512 a = _mm512_loadu_ps(x); _mm512_storeu_ps(x, _mm512_or_ps(a, a));"),
+    "amx": (AMX, "TTS_HAVE_AMX", "_tile_dpbf16ps(0, 1, 2); (void)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));"),
+}
+
+TOOLCHAIN_PROBE = """
+#include <Python.h>
+#include <omp.h>
+#include <vector>
+int probe() { return std::vector<int>(omp_get_max_threads()).size() + PY_VERSION_HEX; }
+"""
+
+
+class MissingToolchain(Exception):
+    """The native module cannot be built on this machine, for a reason that is not our code's."""
+
+
+class Toolchain:
+    """A C++ compiler that was seen to build a Python module with OpenMP, and the flags that every file gets."""
+
+    def __init__(self):
+        self.cxx = self._find_compiler()
+        try:
+            import pybind11
+        except ImportError:
+            raise MissingToolchain("the Python package pybind11 is not installed") from None
+
+        self.sanitize = os.environ.get("TTS_KERNELS_SANITIZE", "")
+        self.flags = ["-std=c++17", f"-I{CSRC}", "-fPIC", "-fopenmp", "-fvisibility=hidden", *WARNINGS]
+        includes = {sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()}
+        for include in sorted(includes):
+            self.flags += ["-isystem", include]
+        self.link_flags = ["-fopenmp"]
+        if sys.platform == "darwin":
+            self.link_flags += ["-bundle", "-undefined", "dynamic_lookup"]
+        else:
+            self.link_flags += ["-shared"]
+        if self.sanitize:
+            instrument = [f"-fsanitize={self.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+            self.flags += ["-O1", "-g", *instrument]
+            self.link_flags += instrument
+        else:
+            self.flags += ["-O3", "-DNDEBUG"]
+        self.flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+        self.link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
+
+        with tempfile.TemporaryDirectory() as tmp:
+            self._probe(Path(tmp))
+            self.isa = self._find_isa(Path(tmp))
+        self.flags += [f"-D{ISA[name][1]}=1" for name in self.isa]
+
+    @staticmethod
+    def _find_compiler():
+        if os.name == "nt":
+            raise MissingToolchain("Windows is not supported")
+        named = os.environ.get("CXX")
+        candidates = [named] if named else ["c++", "g++", "clang++"]
+        for candidate in candidates:
+            command = shlex.split(candidate)
+            if command and shutil.which(command[0]):
+                return command
+        raise MissingToolchain(f"no C++ compiler was found (looked for {' '.join(candidates)})")
+
+    def _probe(self, tmp):
+        source, module = tmp / "probe.cpp", tmp / "probe.so"
+        source.write_text(TOOLCHAIN_PROBE)
+        command = [*self.cxx, *self.flags, str(source), "-o", str(module), *self.link_flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+            raise MissingToolchain(f"{self.cxx[0]} cannot build a Python module with OpenMP: {said}")
+
+    def _find_isa(self, tmp):
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return []
+
+        def compiles(name):
+            flags, _, statement = ISA[name]
+            source = tmp / f"{name}.cpp"
+            source.write_text(f"#include <immintrin.h>\nvoid probe(float* x) {{ (void)x; {statement} }}\n")
+            command = [*self.cxx, *self.flags, *flags, "-c", str(source), "-o", os.devnull]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+        with ThreadPoolExecutor() as pool:
+            return [name for name, ok in zip(ISA, pool.map(compiles, ISA)) if ok]
+
+    def sources(self):
+        """(source, its own flags), in link order.
+
+        The order matters: an inline function that two objects hold is taken from the first one, so plainer instruction
+        sets come first and no path runs an instruction beyond its own because of a header both include.
+        """
+        plain = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+        isa = {path.stem: path for path in sorted((CSRC / "cpu" / "isa").glob("*.cpp"))}
+        plain += [path for name, path in isa.items() if name not in ISA]
+        return [(path, []) for path in plain] + [(isa[name], ISA[name][0]) for name in self.isa if name in isa]
+
+    def compile(self, source, flags, objects):
+        """Compiles `source` unless the object is newer than all it was made from and was made by the same command."""
+        target = objects / source.relative_to(CSRC).with_suffix(".o")
+        dependencies, said = target.with_suffix(".d"), target.with_suffix(".cmd")
+        command = [*self.cxx, *self.flags, *flags, "-MMD", "-MF", str(dependencies)]
+        command += ["-c", str(source), "-o", str(target)]
+        if not _is_current(target, dependencies, said, command):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            said.unlink(missing_ok=True)
+            _run(command, f"{self.cxx[0]} {shlex.join([str(source), *flags])}")
+            said.write_text(shlex.join(command))
+        return target
+
+    def link(self, targets, module):
+        module.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside and moved into place: a process that has the old module mapped keeps it.
+        fresh = module.with_name(f".{module.name}.{os.getpid()}")
+        _run([*self.cxx, *map(str, targets), "-o", str(fresh), *self.link_flags], f"{self.cxx[0]} -o {module}")
+        fresh.replace(module)
+
+
+def _is_current(target, dependencies, said, command):
+    try:
+        if said.read_text() != shlex.join(command):
+            return False
+        made = target.stat().st_mtime_ns
+        needed = shlex.split(dependencies.read_text().replace("\\\n", " ").partition(":")[2])
+        return all(os.stat(path).st_mtime_ns <= made for path in needed)
+    except OSError:
+        return False
+
+
+def _run(command, summary):
+    sys.stdout.write(f"{summary}\n")
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)}\n{done.stderr}exit status {done.returncode}")
+    sys.stderr.write(done.stderr)
+
+
+class BuildExt(build_ext):
+    def run(self):
+        try:
+            self.toolchain = Toolchain()
+        except MissingToolchain as missing:
+            self.extensions = []
+            self.warn_without_module(missing)
+        super().run()
+
+    def build_extension(self, extension):
+        os.chdir(ROOT)
+        kind = self.toolchain.sanitize.replace(",", "-") or "release"
+        # Not self.build_temp: an editable install would throw the objects away.
+        objects = Path("build", f"objects-{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            compiled = [pool.submit(self.toolchain.compile, *file, objects) for file in self.toolchain.sources()]
+            targets = [future.result() for future in compiled]
+        self.toolchain.link(targets, Path(self.get_ext_fullpath(extension.name)))
+
+    @staticmethod
+    def warn_without_module(reason):
+        lines = [
+            f"tts_kernels is built without its native module: {reason}.",
+            "CPU tensors will run on the plain torch `reference` backend, without the `cpu` one.",
+            "To have it, install a C++17 compiler with OpenMP (for example g++), then install tts_kernels again.",
+        ]
+        print(*(f"warning: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+
+
+setup(
+    ext_modules=[Extension("tts_kernels._C", sources=["csrc/bindings.cpp"])],
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,326 @@
+"""The public attention ops: check the arguments, pick the backend, call it through torch.library.
+
+Shapes: R rows (query tokens of this call), Hq query heads, Hkv KV heads (Hkv divides Hq; query head h reads KV head
+h // (Hq // Hkv)), D head_dim. Caches are [num_pages, page_size, Hkv, D] with any strides as long as the last dimension
+is dense, so a view of an HND cache works. Nothing is written before every check has passed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tts_kernels.tree.plan import TreePlan
+
+from . import checks
+
+OPS = ("tree_attention", "decode_attention", "append_kv", "merge_states")
+# None: the name is taken, the backend does not exist yet.
+BACKENDS = {"reference": ".reference", "cpu": ".cpu", "triton": None, "cuda": None}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = -1,
+    sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    check: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every row over its path in the tree: all tokens of the nodes above its own, and its own node up to
+    and including its own token (the whole node when the plan is not causal). One op for decode (a leaf owns one row),
+    verify (a node owns all its rows) and mixes of the two. The KV of the rows' own tokens is in the cache already.
+
+        score = scale * k_scale[h] * (q . k);  softcap > 0: score = softcap * tanh(score / softcap)
+        out = v_scale[h] * softmax(score over the visible keys, and the sink) v
+
+    Args:
+        q: [R, Hq, D], float32, float16 or bfloat16; rows in the caller's order (TreePlan says which).
+        k_cache, v_cache: [num_pages, page_size, Hkv, D], dtype of q or torch.float8_e4m3fn.
+        plan: a TreePlan with R rows and the caches' page_size, on the device of q.
+        scale: multiplies q . k; default 1 / sqrt(D).
+        softcap: bound of the scores; 0 switches it off.
+        window: a row sees the keys at most this many positions before its own (`window + 1` with its own); -1: all.
+        sinks: [Hq]; a logit for each query head that joins the softmax's denominator once. It is not part of `lse`.
+        k_scale, v_scale: what stored keys and values are multiplied by: a number, or a tensor [], [1] or [Hkv].
+        out: [R, Hq, D] like q, dense in the last dimension: written in place and returned. Shares memory with no input.
+        return_lse: also return the natural logarithm of the sum of exp(score), [R, Hq] float32.
+        backend: "reference", "cpu", "triton" or "cuda": runs there or raises, never elsewhere. Default: by device.
+        check: also look at values, at the cost of a pass over the plan and a synchronisation: page ids in the cache's
+            range, and no NaN in tensors on a device (Python numbers and CPU tensors are always looked at).
+
+    Returns:
+        out, or (out, lse). A row that sees no key has out = 0 and lse = -inf, with or without a sink.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by its name, with what was expected and what came.
+        RuntimeError: an explicit `backend` cannot run this call; lists every reason.
+
+    There is no backward: tensors that need a gradient are refused while grad mode is on. Under torch.compile the op is
+    opaque and needs no graph break.
+    """
+    checks.check_attention(q, k_cache, v_cache, plan)
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else checks.check_number("scale", scale)
+    softcap = checks.check_number("softcap", softcap)
+    if softcap < 0:
+        checks.fail("softcap", "0 (off) or a positive number", softcap)
+    window = checks.check_window(window)
+    sinks = checks.check_sinks(sinks, num_q_heads, q.device)
+    k_scale = checks.per_head("k_scale", k_scale, num_kv_heads, q.device)
+    v_scale = checks.per_head("v_scale", v_scale, num_kv_heads, q.device)
+    backend = check_backend(backend)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    else:
+        checks.check_out(out, q)
+    lse = torch.empty((num_rows, num_q_heads), dtype=torch.float32, device=q.device) if return_lse else None
+    # Pages held in reserve may lie outside the cache, pages in use may not: where the plan's largest id does, look.
+    check = check or plan.max_page >= k_cache.shape[0]
+    torch.ops.tts_kernels.tree_attention.default(
+        out, lse, q, k_cache, v_cache, plan.nodes, plan.pages, plan.rows, plan.page_size, plan.causal,
+        scale, softcap, window, sinks, k_scale, v_scale, backend, check,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    *,
+    plan: TreePlan | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = -1,
+    sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    check: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A paged decode call in its usual form: one row for each sequence, [B, Hq, D]. What the sequences share is found
+    from equal leading pages of `block_table` and read once.
+
+    Args:
+        q: [B, Hq, D]; the KV of each row's token is in the cache already.
+        block_table: int32 [B, max_pages]; only the entries that seq_lens covers are read.
+        seq_lens: int32 [B], tokens of each sequence, the row's own included; 0 is padding (out = 0, lse = -inf).
+        plan: a ready TreePlan.from_block_table(...), built once and used for every layer and, with advance_, for every
+            step. block_table and seq_lens are then not read and may be None. Without it the plan is built here, on the
+            host, in every call: fine for a trial, slow in a loop, and a graph break under torch.compile.
+
+    The other arguments, the result and the errors are those of `tree_attention`.
+    """
+    if plan is None:
+        checks.check_caches("q", q, k_cache, v_cache, heads="Hq")
+        if not isinstance(block_table, Tensor):
+            checks.fail("block_table", "a tensor [B, max_pages]", type(block_table).__name__, TypeError)
+        if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+            checks.fail("block_table", f"shape [{q.shape[0]}, max_pages] for the rows of q", tuple(block_table.shape))
+        if block_table.device != q.device:
+            checks.fail("block_table", f"a tensor on {q.device} like q", f"one on {block_table.device}")
+        plan = TreePlan.from_block_table(block_table, seq_lens, page_size=k_cache.shape[1])
+    return tree_attention(
+        q, k_cache, v_cache, plan, scale=scale, softcap=softcap, window=window, sinks=sinks, k_scale=k_scale,
+        v_scale=v_scale, out=out, return_lse=return_lse, backend=backend, check=check,
+    )  # fmt: skip
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    backend: str | None = None,
+    check: bool = False,
+) -> None:
+    """Write new keys and values into the cache, in place.
+
+    Args:
+        k, v: [R, Hkv, D], dtype of the caches; also float32, float16 or bfloat16 where the caches are
+            torch.float8_e4m3fn: rounded as they are (divide by k_scale and v_scale before), beyond +-448 to +-448.
+        k_cache, v_cache: [num_pages, page_size, Hkv, D].
+        slots: int64 [R], page * page_size + offset for each row; -1 skips the row. No slot stands twice.
+        backend: as in `tree_attention`.
+        check: raise if a slot is neither -1 nor in [0, num_pages * page_size), at the cost of a pass and a
+            synchronisation. Without it such a slot is undefined behaviour.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `tree_attention`.
+    """
+    checks.check_caches("k", k, k_cache, v_cache, heads="Hkv")
+    checks.check_tensor("v", v, "[R, Hkv, D]", k.device)
+    if k.shape[1] != k_cache.shape[2]:
+        checks.fail("k", f"the {k_cache.shape[2]} KV heads of k_cache", f"shape {tuple(k.shape)}")
+    if v.shape != k.shape:
+        checks.fail("v", f"shape {tuple(k.shape)} like k", tuple(v.shape))
+    if v.dtype != k.dtype:
+        checks.fail("v", f"dtype {k.dtype} like k", v.dtype, TypeError)
+    checks.check_slots(slots, k.shape[0], k.device)
+    torch.ops.tts_kernels.append_kv.default(k, v, k_cache, v_cache, slots.contiguous(), check_backend(backend), check)
+
+
+def merge_states(out: Tensor, lse: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Merge attention over S disjoint sets of keys into attention over their union.
+
+        lse = log(sum_s exp(lse_s));  out = sum_s exp(lse_s - lse) out_s
+
+    Args:
+        out: [S, R, H, D], float32, float16 or bfloat16. S is at least 1.
+        lse: [S, R, H] float32, natural logarithm; -inf marks a state that saw no key: its `out` is not looked at.
+        backend: as in `tree_attention`.
+
+    Returns:
+        (out [R, H, D] in the dtype given, lse [R, H] float32), computed in float32. Where all S saw nothing 0 and -inf.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `tree_attention`.
+    """
+    checks.check_states(out, lse)
+    return torch.ops.tts_kernels.merge_states.default(out, lse, check_backend(backend))
+
+
+def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
+    """Every reason why `backend` cannot run `op` on these tensors; empty if it can.
+
+    Args:
+        op: "tree_attention", "decode_attention", "append_kv" or "merge_states".
+        backend: "reference", "cpu", "triton" or "cuda".
+        tensors: the op's leading tensor arguments, in order: q, k_cache, v_cache; or k, v, k_cache, v_cache, slots; or
+            out, lse. With none, only what the build and the machine rule out.
+
+    Raises:
+        ValueError: no such op or backend.
+    """
+    if op not in OPS:
+        checks.fail("op", f"one of {', '.join(OPS)}", repr(op))
+    check_backend(backend)
+    module = load(backend)
+    if isinstance(module, str):
+        return [module]
+    return module.unsupported_reasons("tree_attention" if op == "decode_attention" else op, *tensors)
+
+
+def check_backend(backend: str | None) -> str:
+    """The name as the registered ops take it: "" stands for "pick by device"."""
+    if backend is None:
+        return ""
+    if backend not in BACKENDS:
+        checks.fail("backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
+    return backend
+
+
+_loaded: dict[str, ModuleType | str] = {}
+
+
+def load(backend: str) -> ModuleType | str:
+    """The backend's module, imported on first use, or the reason why there is none."""
+    if backend not in _loaded:
+        path = BACKENDS[backend]
+        if path is None:
+            _loaded[backend] = f"this version of tts_kernels has no {backend} backend for attention"
+        else:
+            try:
+                _loaded[backend] = importlib.import_module(path, __package__)
+            except ImportError as error:
+                _loaded[backend] = f"the {backend} backend is not built: {error}"
+    return _loaded[backend]
+
+
+def pick(op: str, backend: str, *tensors: Tensor) -> ModuleType:
+    """The module that runs the call: the one asked for, or else the first that can on this device."""
+    if backend:
+        reasons = unsupported_reasons(op, backend, *tensors)
+        if reasons:
+            raise RuntimeError(f"backend {backend!r} cannot run {op}: " + "; ".join(reasons))
+        return load(backend)
+    for name in PREFERENCE.get(tensors[0].device.type, ("reference",)):
+        if not unsupported_reasons(op, name, *tensors):
+            return load(name)
+    raise RuntimeError(f"no backend can run {op} on {tensors[0].device}")
+
+
+# The registered ops. What reads tensor values (checks, the choice of a backend) happens in here, where torch.compile
+# does not look.
+
+_library = torch.library.Library("tts_kernels", "FRAGMENT")
+
+
+def _tree_attention(
+    out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
+    scale, softcap, window, sinks, k_scale, v_scale, backend, check,
+):  # fmt: skip
+    checks.check_no_nan("sinks", sinks, check)
+    checks.check_no_nan("k_scale", k_scale, check)
+    checks.check_no_nan("v_scale", v_scale, check)
+    if out.numel() and out.data_ptr() == q.data_ptr():
+        checks.fail("out", "memory of its own", "the memory of q")
+    if check:
+        checks.check_pages(nodes, pages, page_size, k_cache.shape[0])
+    module = pick("tree_attention", backend, q, k_cache, v_cache)
+    if q.shape[0]:
+        module.tree_attention(
+            out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
+            scale, softcap, window, sinks, k_scale, v_scale,
+        )  # fmt: skip
+
+
+def _append_kv(k, v, k_cache, v_cache, slots, backend, check):
+    if check:
+        checks.check_slot_range(slots, k_cache.shape[0] * k_cache.shape[1])
+    module = pick("append_kv", backend, k, v, k_cache, v_cache, slots)
+    if k.shape[0]:
+        module.append_kv(k, v, k_cache, v_cache, slots)
+
+
+def _merge_states(out, lse, backend):
+    return pick("merge_states", backend, out, lse).merge_states(out, lse)
+
+
+def _fake_merge_states(out, lse, backend):
+    return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
+
+
+def _register(schema: str, implementation, fake) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tts_kernels::{name}", fake, lib=_library)
+
+
+_register(
+    "tree_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, "
+    "Tensor nodes, Tensor pages, Tensor rows, int page_size, bool causal, float scale, float softcap, int window, "
+    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, str backend, bool check) -> ()",
+    _tree_attention,
+    lambda *arguments: None,
+)
+_register(
+    "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+    "str backend, bool check) -> ()",
+    _append_kv,
+    lambda *arguments: None,
+)
+_register("merge_states(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)", _merge_states, _fake_merge_states)

@@ -1,0 +1,93 @@
+"""The cpu backend: C++ kernels in csrc/cpu, called with addresses and strides.
+
+The code path (portable, avx2, avx512, amx) is picked by what the CPU has; TTS_KERNELS_CPU_ISA forces one. Work runs on
+torch.get_num_threads() threads of the OpenMP pool that torch uses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tts_kernels import _C
+
+from .cast import to_cache_dtype
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
+MAX_HEAD_DIM = 256
+
+
+def isas() -> list[str]:
+    """Names of the code paths that run on this machine."""
+    return [name for name, why_not in _C.cpu_code_paths() if not why_not]
+
+
+def isa_report() -> dict[str, str]:
+    """Every code path, and why it cannot run here ("" where it can)."""
+    return dict(_C.cpu_code_paths())
+
+
+def active_isa() -> str:
+    """The code path that the next call takes. ValueError if TTS_KERNELS_CPU_ISA asks for one that cannot run here."""
+    return _C.cpu_active_code_path()
+
+
+def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
+    reasons = [f"it runs on CPU tensors, got one on {t.device}" for t in tensors if t.device.type != "cpu"][:1]
+    if tensors and tensors[0].shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {tensors[0].shape[-1]} is larger than {MAX_HEAD_DIM}")
+    return reasons
+
+
+def tree_attention(
+    out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
+    scale, softcap, window, sinks, k_scale, v_scale,
+):  # fmt: skip
+    num_rows, num_heads, head_dim = q.shape
+    _C.cpu_tree_attention(
+        _strided(out),
+        0 if lse is None else lse.data_ptr(),
+        _strided(q),
+        _strided(k_cache),
+        _strided(v_cache),
+        (nodes.data_ptr(), pages.data_ptr(), rows.data_ptr()),
+        (num_rows, num_heads, k_cache.shape[2], head_dim, nodes.shape[1], page_size),
+        _address(sinks),
+        _address(k_scale),
+        _address(v_scale),
+        window,
+        causal,
+        scale,
+        softcap,
+        DTYPES[q.dtype],
+        DTYPES[k_cache.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def append_kv(k, v, k_cache, v_cache, slots):
+    k, v = to_cache_dtype(k, k_cache.dtype), to_cache_dtype(v, v_cache.dtype)
+    element = k_cache.element_size()
+    shape = (k.shape[0], k.shape[1], k_cache.shape[1], k.shape[2] * element, element)
+    _C.cpu_append_kv(_strided(k), _strided(v), _strided(k_cache), _strided(v_cache), slots.data_ptr(), shape)
+
+
+def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    num_states, *rest, head_dim = out.shape
+    out, lse = out.contiguous(), lse.contiguous()
+    merged_out, merged_lse = out.new_empty(*rest, head_dim), lse.new_empty(rest)
+    shape = (num_states, merged_lse.numel(), head_dim)
+    _C.cpu_merge_states(
+        merged_out.data_ptr(), merged_lse.data_ptr(), out.data_ptr(), lse.data_ptr(), shape, DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return merged_out, merged_lse
+
+
+def _strided(x: Tensor) -> tuple[int, ...]:
+    """Address and strides, in elements, of all dimensions but the last, which is dense."""
+    return (x.data_ptr(), *x.stride()[:-1])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
