@@ -191,7 +191,11 @@ class BuildExt(build_ext):
         objects = Path("build", f"objects-{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             compiled = [pool.submit(self.toolchain.compile, *file, objects) for file in self.toolchain.sources()]
-            targets = [future.result() for future in compiled]
+            try:
+                targets = [future.result() for future in compiled]
+            except CompileError:
+                pool.shutdown(cancel_futures=True)
+                raise
         self.toolchain.link(targets, Path(self.get_ext_fullpath(extension.name)))
 
     @staticmethod

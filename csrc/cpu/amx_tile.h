@@ -16,13 +16,17 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+#define TILE_FENCE() __asm__ volatile("" ::: "memory")
+
+// In memory for good: GCC's intrinsic tells the compiler of the first 8 bytes only, so a local would be half built.
+const TileConfig kTileConfig;
+
 void tiles_enter() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  TILE_FENCE();
+  _tile_loadconfig(&kTileConfig);
 }
 void tiles_leave() { _tile_release(); }
 
-#define TILE_FENCE() __asm__ volatile("" ::: "memory")
 #define TILE_ZERO(tile) _tile_zero(tile)
 #define TILE_LOAD(tile, address, row_stride) _tile_loadd(tile, address, row_stride)
 #define TILE_STORE(tile, address, row_stride) _tile_stored(tile, address, row_stride)

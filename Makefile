@@ -1,0 +1,110 @@
+# `make` lists the targets. Each prepares what it needs: on a clean machine `make demo` and `make test` are enough.
+#
+#   make test PYTHON=python3.12        the interpreter that .venv is made with
+#   make test VENV=0 PYTHON=python3    no .venv: that interpreter as it is, nothing installed; the module is built in place
+#   make venv TORCH_INDEX=             torch from the default index, whatever GPU is or is not there
+#   make test ARGS="-k softcap -x"     arguments for pytest (test, bench, sanitize) or for tts-kernels demo
+
+PYTHON = python3
+VENV = 1
+ARGS =
+
+ROOT := $(CURDIR)
+NATIVE_SOURCES := setup.py $(shell find csrc -type f)
+ENVIRONMENT := pyproject.toml constraints.txt setup.py tts_kernels/_version.py
+
+# Linux without a GPU takes torch's CPU build: a tenth of the download. Elsewhere, and where that index cannot be reached,
+# torch comes from the default index.
+ifeq ($(origin TORCH_INDEX),undefined)
+TORCH_INDEX := $(shell [ "$$(uname -s)" = Linux ] && ! ls /dev/nvidiactl /dev/kfd /dev/dxg >/dev/null 2>&1 \
+	&& echo https://download.pytorch.org/whl/cpu)
+endif
+
+ifeq ($(VENV),0)
+PY := $(PYTHON)
+CLANG_FORMAT := clang-format
+DEMO := $(PY) -m tts_kernels.cli
+READY := native
+else
+BIN := $(ROOT)/.venv/bin
+PY := $(BIN)/python
+CLANG_FORMAT := $(BIN)/clang-format
+DEMO := $(BIN)/tts-kernels
+READY := .venv/ready .venv/native
+endif
+
+.PHONY: help venv native demo test bench lint sanitize clean
+
+help:
+	@echo "make venv      .venv with everything in it, and the native module"
+	@echo "make demo      N samples over one shared KV tree, beside stock transformers"
+	@echo "make test      the tests; the end says what was skipped and why"
+	@echo "make bench     the benchmarks: a table, JSON and a plot"
+	@echo "make lint      ruff and clang-format, which change nothing"
+	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clean     remove what was built, except .venv"
+
+venv: $(READY)
+
+demo: $(READY)
+	$(DEMO) demo $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(CLANG_FORMAT) --dry-run -Werror
+
+# An instrumented copy of the package in build/sanitize; the module in tts_kernels/ stays as it is. Python is not
+# instrumented, so the runtime has to be loaded before it, and the C++ runtime with it for exceptions to be seen. The
+# sanitizers write to the process's stderr and end it: hence --capture=sys. Leaks are Python's and torch's.
+sanitize: $(READY)
+	rm -rf build/sanitize
+	CXX=$(CXX) TTS_KERNELS_SANITIZE=address,undefined $(PY) setup.py -q build --build-lib build/sanitize
+	ls build/sanitize/tts_kernels/_C*.so
+	cd build/sanitize && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=4 \
+	$(PY) -c 'import sys, pytest, tts_kernels._C as c; assert c.__file__.startswith("$(ROOT)/build/sanitize/"), c; sys.exit(pytest.main())' \
+	-c $(ROOT)/pyproject.toml --rootdir $(ROOT) -p no:faulthandler -p no:cacheprovider --capture=sys -q \
+	-m "not gpu" -k "not reference and not inductor" $(ROOT)/tests/attention $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/native
+	rm -f tts_kernels/_C*.so
+	find tts_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# What builds the native module; then the module, where every file is seen to be compiled; then the rest.
+.venv/tools: $(ENVIRONMENT)
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); name one with PYTHON=..." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	{ echo "error: $(PYTHON) lacks the modules venv and ensurepip (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "making .venv"; $(PYTHON) -m venv --clear .venv; }
+	$(PY) -m pip install -q -c constraints.txt setuptools wheel pybind11
+	@touch $@
+
+# Without a compiler there is no module and no stamp: the warning comes again each time.
+.venv/native: .venv/tools $(NATIVE_SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@! ls tts_kernels/_C*.so >/dev/null 2>&1 || touch $@
+
+.venv/ready: .venv/tools | .venv/native
+ifneq ($(TORCH_INDEX),)
+	$(PY) -m pip install --no-deps --retries 1 --timeout 15 -c constraints.txt --index-url $(TORCH_INDEX) torch || \
+	echo "torch's CPU build cannot be had from $(TORCH_INDEX): taking the default one"
+endif
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[transformers,bench,test,dev]'
+	@touch $@
+
+native:
+	@$(PY) -c 'import setuptools, sys; from importlib.util import find_spec; \
+	sys.exit(int(setuptools.__version__.split(".")[0]) < 77 or not find_spec("torch"))' || \
+	{ echo "error: VENV=0 takes $(PY) as it is, which lacks torch or setuptools>=77: see the extras in pyproject.toml" >&2; exit 1; }
+	$(PY) setup.py -q build_ext --inplace

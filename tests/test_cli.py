@@ -1,0 +1,156 @@
+"""The command line: what it prints, what it writes, how it ends. The demo runs with a short prompt here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tts_kernels import cli
+
+transformers = pytest.importorskip("transformers")
+
+from tts_kernels import demo  # noqa: E402
+
+FIGURES = {
+    "tokens_equal", "tokens_equal_fraction", "kv_saving_bound", "speedup", "prompt_tokens", "new_tokens", "samples",
+    "stock_seconds", "stock_prefill_seconds", "stock_decode_seconds", "stock_kv_bytes", "stock_kv_bytes_per_step",
+    "tts_seconds", "tts_prefill_seconds", "tts_decode_seconds", "tts_kv_bytes", "tts_kv_bytes_per_step",
+    "least_kv_bytes_per_step", "model", "machine",
+}  # fmt: skip
+
+
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """Arguments of a demo that takes a moment, and where it writes its figures."""
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    monkeypatch.setattr(demo, "SEEDED_MODEL", {**demo.SEEDED_MODEL, **small})
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Two pumps fill a tank. The first alone needs 6 hours.\n" * 4)
+    file = tmp_path / "figures.json"
+    arguments = [
+        "demo",
+        "--n",
+        "3",
+        "--max-new-tokens",
+        "5",
+        "--threads",
+        "1",
+        "--prompt",
+        str(prompt),
+        "--json",
+        str(file),
+    ]
+    return arguments, file
+
+
+def test_demo(short, capsys):
+    arguments, file = short
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "tokens equal: yes" in printed and "whole generation" in printed and "at most" in printed
+    figures = json.loads(file.read_text())
+    assert figures.keys() >= FIGURES
+    assert figures["tokens_equal"] is True and figures["tokens_equal_fraction"] == 1
+    prompt_tokens, token = figures["prompt_tokens"], 2 * 2 * 2 * 32 * 4  # K and V, layers, heads, head_dim, bytes
+    assert figures["stock_kv_bytes"] == token * 3 * (prompt_tokens + 4)
+    assert figures["tts_kv_bytes"] == token * 16 * (-(-prompt_tokens // 16) + 3)
+    assert figures["least_kv_bytes_per_step"] == figures["tts_kv_bytes_per_step"] == token * (prompt_tokens + 3 * 2.5)
+    assert figures["model"]["num_key_value_heads"] == 2 and figures["machine"]["torch"] == torch.__version__
+    assert [path.name for path in file.parent.iterdir() if path.name.startswith(".")] == []  # nothing temporary is left
+
+
+def test_demo_fails_if_tokens_differ(short, monkeypatch, capsys):
+    def off_by_one(model, input_ids, **kwargs):
+        out = right(model, input_ids, **kwargs)
+        out.sequences[0, -1] ^= 1
+        return out
+
+    right = demo.generate
+    monkeypatch.setattr(demo, "generate", off_by_one)
+    arguments, file = short
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "tokens equal: NO" in captured.out and "tokens differ" in captured.err
+    assert json.loads(file.read_text())["tokens_equal"] is False
+    assert cli.main([*arguments, "--dtype", "bfloat16"]) == 0  # there they may
+
+
+def test_demo_with_a_local_model(short, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[UNK]": 0, "Two": 1, "pumps": 2, "fill": 3, "hours": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "model"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, eos_token_id=9
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    arguments, file = short
+    assert cli.main([*arguments, "--model", str(folder)]) == 0
+    assert json.loads(file.read_text())["model"]["class"] == "LlamaForCausalLM"
+    assert cli.main([*arguments, "--model", str(tmp_path / "nothing")]) == 1
+    assert "tts-kernels demo:" in capsys.readouterr().err
+
+
+def test_prompt_of_the_demo():
+    """It is packaged, and about 1,000 tokens long."""
+    assert 900 < len(demo.piece_ids(demo.PROMPT.read_text(encoding="utf-8"))) < 1300
+
+
+def test_json_is_never_half_written(tmp_path):
+    file = tmp_path / "figures.json"
+    demo.write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        demo.write_json(file, {"b": 2, "c": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--n", "0"], "at least 1"),
+        (["--dtype", "int8"], "int8"),
+        (["--bogus"], "--bogus"),
+    ],
+)
+def test_wrong_command_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["demo", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--prompt", "missing.txt"), ("--json", "missing/figures.json"), ("--backend", "abacus")]
+)
+def test_error_names_what_is_wrong(short, capsys, option, value):
+    assert cli.main([*short[0], option, value]) == 1
+    assert value.split("/")[0] in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("reference", "cpu", "triton", "cuda", "no: ", "torch", "tts-kernels"):
+        assert word in printed
+
+
+def test_doctor_says_why_the_native_module_is_missing(monkeypatch, capsys):
+    from tts_kernels.attention import api
+
+    monkeypatch.setitem(api._loaded, "cpu", "the cpu backend is not built: no compiler")
+    assert cli.main(["doctor"]) == 0
+    assert "no: the cpu backend is not built: no compiler" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, status", [(["--help"], 0), ([], 2), (["fly"], 2)])
+def test_as_a_module(arguments, status):
+    command = [sys.executable, "-m", "tts_kernels.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status and "demo" in done.stdout + done.stderr
