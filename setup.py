@@ -130,7 +130,7 @@ class Toolchain:
         The order matters: an inline function that two objects hold is taken from the first one, so plainer instruction
         sets come first and no path runs an instruction beyond its own because of a header both include.
         """
-        plain = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+        plain = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "tree").glob("*.cpp"))]
         isa = {path.stem: path for path in sorted((CSRC / "cpu" / "isa").glob("*.cpp"))}
         plain += [path for name, path in isa.items() if name not in ISA]
         return [(path, []) for path in plain] + [(isa[name], ISA[name][0]) for name in self.isa if name in isa]

@@ -4,6 +4,8 @@ The oracle walks from each row to its root and lists the (page, offset) it may s
 nothing of depth-first order.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,3 +180,18 @@ def test_from_nodes_refuses(bad, error, message):
     TreePlan.from_nodes(**GOOD)
     with pytest.raises(error, match="^" + message):
         TreePlan.from_nodes(**(GOOD | bad))
+
+
+@settings(max_examples=100, deadline=None)
+@given(forests(), st.booleans())
+@pytest.mark.skipif(tree_plan.native is None, reason="tts_kernels._C is not built")
+def test_the_native_pass_and_the_python_path_build_equal_plans(forest, causal):
+    parent, length, pages, rows, page_size = forest
+    plans = []
+    for native in (tree_plan.native, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tree_plan, "native", native)
+            plans.append(TreePlan.from_nodes(parent, length, pages, rows, page_size=page_size, causal=causal))
+    for field in dataclasses.fields(TreePlan):
+        fast, slow = (getattr(plan, field.name) for plan in plans)
+        assert torch.equal(fast, slow) if isinstance(fast, torch.Tensor) else fast == slow, field.name

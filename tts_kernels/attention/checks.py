@@ -114,6 +114,8 @@ def per_head(name: str, value: float | Tensor | None, count: int, device: torch.
         fail(name, f"a tensor on {device}", f"one on {value.device}")
     if value.requires_grad and torch.is_grad_enabled():
         fail(name, "a tensor that needs no gradient (the op has no backward)", "one with requires_grad=True")
+    if value.dim() == 1 and value.shape[0] == count and value.dtype == torch.float32:
+        return value.contiguous()
     return value.to(torch.float32).expand(count).contiguous()
 
 

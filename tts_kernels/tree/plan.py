@@ -24,6 +24,11 @@ from tts_kernels.tree.checks import (
 )
 from tts_kernels.tree.prefix import TableBytes, shared_runs
 
+try:
+    from tts_kernels import _C as native
+except ImportError:  # not built: the same in Python, slower
+    native = None
+
 PARENT, LENGTH, POSITION, PAGE_BEGIN, OWN_BEGIN, OWN_END, ROWS_END = range(7)  # rows of TreePlan.nodes
 
 
@@ -114,6 +119,10 @@ class TreePlan:
         Raises TypeError for what is not of these types and ValueError for a wrong value.
         """
         check_options(page_size, causal)
+        made = native.plan_from_nodes(parent, length, pages, rows, page_size) if native else None
+        if made is not None:
+            return from_tables(*made, page_size=page_size, causal=causal, device=device)
+        # Anything but plain lists of valid ints is looked at here, thing by thing.
         parent, length, rows = int_list("parent", parent), int_list("length", length), int_list("rows", rows)
         try:
             page_count = list(map(len, pages))
@@ -247,22 +256,47 @@ def build(
     num_rows, num_tokens = len(row_node), sum(length)
     if num_tokens > INT32_MAX:
         fail("length", f"at most {INT32_MAX} tokens in all", num_tokens)
+    tables = int_bytes(
+        [*up, *pick(length), *position, *page_begin, *row_begin[:-1], *row_begin[1:], *rows_end,
+         *row_source, *row_node, *pick(grows)]
+    )  # fmt: skip
+    return from_tables(
+        tables, num_rows, 0, sum(grows), num_tokens, capacity, depth, max_page,
+        page_size=page_size, causal=causal, device=device, pages=pages,
+    )  # fmt: skip
+
+
+def from_tables(
+    tables: bytearray,
+    num_rows: int,
+    num_pages: int,
+    num_growing: int,
+    num_tokens: int,
+    capacity: int,
+    depth: int,
+    max_page: int,
+    *,
+    page_size: int,
+    causal: bool,
+    device: torch.device | str,
+    pages: torch.Tensor | None = None,
+) -> TreePlan:
+    """The plan whose int32 tables lie one behind the other: nodes [7, num_nodes], rows [2, num_rows], grows [num_nodes]
+    and, where `pages` is not given, pages [num_pages]."""
+    num_nodes = (len(tables) // 4 - 2 * num_rows - num_pages) // 8
     with torch.inference_mode(False):  # else advance_ would fail outside of inference mode
-        table = int_tensor(
-            [*up, *pick(length), *position, *page_begin, *row_begin[:-1], *row_begin[1:], *rows_end,
-             *row_source, *row_node, *pick(grows)]
-        )  # fmt: skip
-        nodes, row_table, growing = table.split_with_sizes([7 * num_nodes, 2 * num_rows, num_nodes])
+        table = torch.frombuffer(tables, dtype=torch.int32) if tables else torch.empty(0, dtype=torch.int32, device="cpu")
+        parts = table.to(device).split_with_sizes([7 * num_nodes, 2 * num_rows, num_nodes, num_pages])
         return TreePlan(
-            nodes=nodes.view(7, num_nodes).to(device),
-            pages=pages.to(device),
-            rows=row_table.view(2, num_rows).to(device),
-            grows=growing.to(device),
+            nodes=parts[0].view(7, num_nodes),
+            pages=parts[3] if pages is None else pages.to(device),
+            rows=parts[1].view(2, num_rows),
+            grows=parts[2],
             page_size=page_size,
             causal=causal,
             num_nodes=num_nodes,
             num_rows=num_rows,
-            num_growing=sum(grows),
+            num_growing=num_growing,
             num_tokens=num_tokens,
             capacity=capacity,
             depth=depth,
@@ -326,6 +360,10 @@ def int_tensor(ints: list[int], dtype: torch.dtype = torch.int32) -> torch.Tenso
     """[len(ints)] int32 or int64 on the CPU, several times faster than torch.tensor. Raises struct.error for others."""
     if not ints:
         return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(int_bytes(ints, dtype), dtype=dtype)
+
+
+def int_bytes(ints: list[int], dtype: torch.dtype = torch.int32) -> bytearray:
     buffer = bytearray(dtype.itemsize * len(ints))
     struct.pack_into(f"={len(ints)}{'i' if dtype == torch.int32 else 'q'}", buffer, 0, *ints)
-    return torch.frombuffer(buffer, dtype=dtype)
+    return buffer

@@ -1,0 +1,52 @@
+"""The command `tts-kernels`, also `python -m tts_kernels.cli`. A subcommand's module is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+COMMANDS = {
+    "demo": "decode N samples over one shared KV tree, beside stock transformers",
+    "doctor": "show which backends this machine has, and every reason why not the others",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 if all went well, 1 if the command failed or its check did, 2 for a wrong command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="tts-kernels", description="Kernels for test-time scaling over shared KV.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if argv[:1] == [name]:
+            try:
+                command.set_defaults(run=globals()[f"_{name}"](command))
+            except ModuleNotFoundError as error:
+                if error.name not in ("transformers", "tqdm"):
+                    raise
+                print(f"tts-kernels {name}: {error}; pip install 'tts-kernels[transformers]'", file=sys.stderr)
+                return 1
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        print(f"tts-kernels {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _demo(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from . import demo
+
+    demo.add_arguments(parser)
+    return demo.main
+
+
+def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from . import doctor
+
+    return lambda args: doctor.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

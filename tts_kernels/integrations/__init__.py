@@ -1,0 +1,1 @@
+"""tts_kernels inside other stacks. Each module imports its stack: import the one you need."""

@@ -1,0 +1,268 @@
+"""The KV of one `generate` call: every prompt once, and a leaf for each sample. See transformers.py."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..attention import append_kv, tree_attention
+from ..tree.kv_tree import KVTree
+from ..tree.plan import TreePlan
+
+FIRST_ROOM = 256  # tokens for which each sample has pages at first, at most; twice as many when they are used up
+
+
+def refuse(reason: str) -> NoReturn:
+    raise ValueError(f"cannot generate over a shared KV tree: {reason}")
+
+
+class TreeCache(Cache):
+    """The cache that `generate` hands to the model; with return_dict_in_generate=True it comes back as
+    `past_key_values`, for its figures. It belongs to the call that made it and cannot go into another."""
+
+    def __init__(
+        self,
+        layer_types: list[str],
+        *,
+        lengths: list[int],
+        num_samples: int,
+        width: int,
+        page_size: int,
+        expected_tokens: int,
+        backend: str | None = None,
+    ):
+        """
+        Args:
+            layer_types: one for each layer.
+            lengths: tokens of each question.
+            num_samples: N, for each question.
+            width: tokens of the longest question, padding included: what transformers takes to be stored.
+            expected_tokens: how many tokens each sample will probably append.
+        """
+        self.tree = SampleTree(lengths, num_samples, width, len(layer_types), page_size, expected_tokens)
+        super().__init__(layers=[TreeLayer(self.tree, index, backend) for index in range(len(layer_types))])
+
+    def expect_prompt_tokens(self, start: int, count: int) -> None:
+        """The next forward brings tokens [start, start + count) of the packed questions."""
+        self.tree.begin_prompt_tokens(start, count)
+
+    def expect_samples(self) -> None:
+        """All questions are stored. Each forward now brings a token of each sample, at first the last prompt token."""
+        self.tree.begin_samples()
+
+    @property
+    def kv_bytes_held(self) -> int:
+        """Bytes of all pages, reserved ones included."""
+        return sum(cache.nbytes for cache in (*self.tree.kv.k_cache, *self.tree.kv.v_cache))
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self.kv_bytes_held // (self.tree.kv.num_pages * self.tree.page_size)
+
+    def kv_bytes_per_step(self) -> dict[str, float]:
+        """Mean over the decode steps so far (those that appended a token): `read`, each stored token once; `least`,
+        only what some sample can see (less than `read` where layers have a window); `replicated`, what each sample can
+        see, read for each sample."""
+        tree, layers = self.tree, self.layers
+        sees = [layer.window + 1 if layer.window >= 0 else 2**62 for layer in layers]  # tokens
+        read = least = replicated = 0
+        for step in range(1, tree.generated + 1):
+            read += len(layers) * (sum(tree.lengths) + tree.num_rows * step)
+            for most in sees:
+                own = min(step, most)
+                above = [min(length, max(0, most - step)) for length in tree.lengths]
+                least += sum(above) + tree.num_rows * own
+                replicated += tree.num_samples * sum(above) + tree.num_rows * own
+        scale = self.kv_bytes_per_token / len(layers) / max(tree.generated, 1)
+        return {"read": read * scale, "least": least * scale, "replicated": replicated * scale}
+
+
+class TreeLayer(CacheLayerMixin):
+    """One layer of a `TreeCache`. `update` stores new KV in the pages and hands the very same tensors on, marked, for
+    the attention function to find its way back here."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, tree: SampleTree, index: int, backend: str | None):
+        super().__init__()
+        self.tree, self.index, self.backend = tree, index, backend
+        self.value: Tensor | None = None
+        self.window = -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """key_states, value_states: [1, Hkv, T, D] of packed prompt tokens or [B * N, Hkv, 1, D] of samples."""
+        tree = self.tree
+        key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))  # [R, Hkv, D]
+        tree.enter_layer(self.index, key, value)
+        if tree.slots is not None:
+            append_kv(
+                key, value, tree.kv.k_cache[self.index], tree.kv.v_cache[self.index], tree.slots, backend=self.backend
+            )
+        self.value = value_states
+        key_states.tts_kernels_layer = self
+        return key_states, value_states
+
+    def attend(self, query: Tensor, **kwargs) -> Tensor:
+        """[R, Hq, D] -> the same, `tree_attention` over this layer's pages. Rows of one question that are known to be
+        equal are computed once."""
+        tree = self.tree
+        out = tree_attention(
+            query[:: tree.equal_rows], tree.kv.k_cache[self.index], tree.kv.v_cache[self.index], tree.plan,
+            backend=self.backend, **kwargs,
+        )  # fmt: skip
+        self.value = None
+        return out if tree.equal_rows == 1 else out.repeat_interleave(tree.equal_rows, dim=0)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: pages are made when the first layer's keys arrive."""
+
+    def get_seq_length(self) -> int:
+        return self.tree.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tree.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        raise NotImplementedError("a TreeCache belongs to one generate call and cannot be reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise NotImplementedError("a TreeCache cannot be reordered: beam search is not supported")
+
+
+class SampleTree:
+    """The KVTree of one call with the plan and slots of the forward that runs: B roots that hold a question each, then
+    B * N leaves that take a token each in every forward. When their pages are used up, all moves into a larger tree."""
+
+    def __init__(
+        self, lengths: list[int], num_samples: int, width: int, num_layers: int, page_size: int, expected_tokens: int
+    ):
+        if type(page_size) is not int or page_size < 1:
+            raise ValueError(f"page_size: expected an int of at least 1, got {page_size!r}")
+        self.lengths, self.num_samples, self.width = lengths, num_samples, width
+        self.num_rows = len(lengths) * num_samples
+        self.num_layers, self.page_size = num_layers, page_size
+        self.room = pages_for(min(expected_tokens, FIRST_ROOM), page_size) * page_size  # tokens that each leaf can hold
+        self.kv: KVTree | None = None  # made when the first keys show their shape
+        self.roots: list[int] = []
+        self.leaves: dict[int, int] = {}  # to their number of rows, which is 1
+
+        self.plan: TreePlan | None = None
+        self.slots: Tensor | None = None  # [R]; None: nothing is stored
+        self.equal_rows = 1
+        self.next_layer = 0
+        self.seen = 0  # tokens that transformers is told are stored
+        self.forwards = -1  # of samples; -1: prompts are coming
+        self.prompt_range = (0, 0)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that each sample has stored."""
+        return max(self.forwards - 1, 0)
+
+    def begin_prompt_tokens(self, start: int, count: int) -> None:
+        self._check_all_layers_stored()
+        self.prompt_range = (start, start + count)
+        self.seen = start
+
+    def begin_samples(self) -> None:
+        self._check_all_layers_stored()
+        if self.kv is None:
+            refuse("the model did not store KV in the cache it was given")
+        self.forwards, self.seen = 0, self.width - 1
+
+    def enter_layer(self, index: int, key: Tensor, value: Tensor) -> None:
+        """A layer is about to store keys and values [R, Hkv, D]: check that it fits, begin a forward with layer 0."""
+        if index != self.next_layer:
+            refuse(f"expected layer {self.next_layer} to store its KV next, got layer {index}")
+        if key.shape != value.shape:
+            refuse(f"keys and values differ: [heads, head_dim] {list(key.shape[1:])} and {list(value.shape[1:])}")
+        if self.kv is None:
+            self.kv = self._empty_tree(*key.shape[1:], key.dtype, key.device)
+            self.roots = [self.kv.add(None, 0) for _ in self.lengths]
+        like = self.kv.k_cache[index]
+        if key.shape[1:] != like.shape[2:] or key.dtype != like.dtype or key.device != like.device:
+            refuse(
+                f"layers differ in KV heads, head_dim, dtype or device, expected {list(like.shape[2:])} {like.dtype} "
+                f"{like.device}, got {list(key.shape[1:])} {key.dtype} {key.device}"
+            )
+        if index == 0:
+            self._begin_forward(key.shape[0])
+        self.next_layer = (index + 1) % self.num_layers
+        if self.next_layer == 0 and self.forwards >= 0:
+            self.seen += 1
+
+    def _begin_forward(self, num_rows: int) -> None:
+        if self.forwards < 0:
+            self._plan_prompts()
+        elif self.forwards == 0:
+            self._plan_repeat()
+        else:
+            self._plan_append()
+        self.forwards += self.forwards >= 0
+        expected = self.plan.num_rows * self.equal_rows
+        if num_rows != expected:
+            refuse(f"expected a forward with {expected} tokens, got {num_rows}")
+
+    def _plan_prompts(self) -> None:
+        """Each question owns as rows those of its tokens that lie in `prompt_range` of the packed tokens."""
+        start, stop = self.prompt_range
+        begins = accumulate(self.lengths, initial=0)
+        counts = [max(0, min(stop, begin + length) - max(start, begin)) for begin, length in zip(begins, self.lengths)]
+        self.kv.append(self.roots, counts)
+        rows = dict(zip(self.roots, counts))
+        self.plan, self.slots = self.kv.plan(rows), self.kv.slots(rows)
+
+    def _plan_repeat(self) -> None:
+        """Each sample brings the last token of its question once more: stored already, equal for all samples."""
+        self.plan, self.slots = self.kv.plan(dict.fromkeys(self.roots, 1)), None
+        self.equal_rows = self.num_samples
+
+    def _plan_append(self) -> None:
+        """Each sample brings a token of its own."""
+        length = self.forwards  # of each leaf, with this token
+        if length == 1:
+            self.leaves = {leaf: 1 for root in self.roots for leaf in self.kv.fork(root, self.num_samples)}
+            self.equal_rows, self.plan = 1, None
+        if length > self.room:
+            self._move_to_larger_tree(length - 1)
+        self.kv.append(list(self.leaves))
+        if self.plan is None:
+            self.plan = self.kv.plan(self.leaves, reserve=self.room - length)
+        else:
+            self.plan.advance_()
+        self.slots = self.kv.slots(self.leaves)
+
+    def _empty_tree(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> KVTree:
+        pages = sum(pages_for(length, self.page_size) for length in self.lengths)
+        pages += self.num_rows * self.room // self.page_size
+        return KVTree(self.num_layers, pages, self.page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+
+    def _move_to_larger_tree(self, length: int) -> None:
+        """Make room for twice as many tokens in each leaf; they hold `length` now."""
+        old, self.room = self.kv, pages_for(2 * max(length, 1), self.page_size) * self.page_size
+        source = old.slots({**dict(zip(self.roots, self.lengths)), **dict.fromkeys(self.leaves, length)})
+        self.kv = self._empty_tree(old.num_kv_heads, old.head_dim, old.dtype, old.device)
+        self.roots = [self.kv.add(None, length) for length in self.lengths]
+        self.leaves = {leaf: 1 for root in self.roots for leaf in self.kv.fork(root, self.num_samples)}
+        self.kv.append(list(self.leaves), length)
+        target = self.kv.slots({**dict(zip(self.roots, self.lengths)), **dict.fromkeys(self.leaves, length)})
+        for new, cache in zip((*self.kv.k_cache, *self.kv.v_cache), (*old.k_cache, *old.v_cache)):
+            new.flatten(0, 1)[target] = cache.flatten(0, 1)[source]
+        self.plan = None
+
+    def _check_all_layers_stored(self) -> None:
+        if self.next_layer:
+            refuse(f"layers {self.next_layer} to {self.num_layers - 1} stored no KV")
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
