@@ -10,9 +10,7 @@ namespace tts {
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f8e4m3 = 3 };
 
-TTS_SHARED int64_t dtype_bytes(DType dtype) {
-  return dtype == DType::f32 ? 4 : dtype == DType::f8e4m3 ? 1 : 2;
-}
+TTS_SHARED int64_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f8e4m3 ? 1 : 2; }
 
 struct TreeAttentionParams {
   const void* q;  // [num_rows, num_heads, head_dim], q_dtype
@@ -25,7 +23,8 @@ struct TreeAttentionParams {
   const void* v;  // [pages, page_size, num_kv_heads, head_dim], kv_dtype
   int64_t v_page, v_token, v_head;
 
-  const int32_t* nodes;  // [7, num_nodes] depth first: parent, length, position, page begin, own rows, own end, rows end
+  const int32_t*
+      nodes;  // [7, num_nodes] depth first: parent, length, position, page begin, own rows, own end, rows end
   const int32_t* pages;  // page ids, node by node
   const int32_t* rows;   // [2, num_rows]: the caller's row, the node that owns it
 
@@ -66,10 +65,10 @@ struct AppendKVParams {
 };
 
 struct MergeStatesParams {
-  const void* out;      // [num_states, count, head_dim] contiguous, dtype; count = rows * heads
-  const float* lse;     // [num_states, count] contiguous, natural log
-  void* merged_out;     // [count, head_dim] contiguous, dtype
-  float* merged_lse;    // [count]
+  const void* out;    // [num_states, count, head_dim] contiguous, dtype; count = rows * heads
+  const float* lse;   // [num_states, count] contiguous, natural log
+  void* merged_out;   // [count, head_dim] contiguous, dtype
+  float* merged_lse;  // [count]
   int64_t num_states, count, head_dim;
   DType dtype;
 };

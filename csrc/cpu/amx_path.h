@@ -1,8 +1,8 @@
 // Items in AMX tiles: bf16 queries over bf16 or fp8 KV; any other dtype takes the FMA items at this vector width.
 //
 // Both products are computed transposed, so that rows stay in lanes and the softmax is the one of the FMA path:
-//   score [tokens][lanes] = K [tokens][dim] * Q^T   K rows are the A operand straight from the cache, Q^T is packed once
-//   o^T   [dim][lanes]   += V^T [dim][tokens] * P^T  V^T is transposed once per block, for all row tiles
+//   score [tokens][lanes] = K [tokens][dim] * Q^T   K rows are the A operand straight from the cache, Q^T is packed
+//   once o^T   [dim][lanes]   += V^T [dim][tokens] * P^T  V^T is transposed once per block, for all row tiles
 // Scratch of an item; a row tile is 16 or 32 packed rows wide, dim is head_dim padded to 32:
 //   q     [lanes / tile][dim / 32][tile / 16][16 pairs of d][16 rows]   bf16 pairs
 //   vt    [heads][dim][kAmxBlock]                bf16
@@ -18,9 +18,9 @@ namespace {
 static_assert(VW == 16, "tiles are 16 lanes wide");
 
 constexpr int kAmxBlock = 128;
-constexpr int kVtStride = kAmxBlock * 2 + 64;        // bytes: rows spread over the sets of the L1
+constexpr int kVtStride = kAmxBlock * 2 + 64;           // bytes: rows spread over the sets of the L1
 constexpr int kCopyStride = tts::kMaxHeadDim * 2 + 64;  // bytes, of K and V rows copied to scratch
-constexpr int kPairStride = kAmxBlock / 2 * 16;      // uint32_t per vector of lanes
+constexpr int kPairStride = kAmxBlock / 2 * 16;         // uint32_t per vector of lanes
 
 // In place: x[i][j] <-> x[j][i].
 TTS_INLINE void transpose_16x16(vi x[16]) {
@@ -34,24 +34,29 @@ TTS_INLINE void transpose_16x16(vi x[16]) {
   for (int i = 0; i < 16; i += 4)
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      x[i + 2 * j] = __builtin_shufflevector(y[i + j], y[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      x[i + 2 * j + 1] = __builtin_shufflevector(y[i + j], y[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+      x[i + 2 * j] =
+          __builtin_shufflevector(y[i + j], y[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      x[i + 2 * j + 1] =
+          __builtin_shufflevector(y[i + j], y[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
-  // x[4 * q + c]: in 128-bit lane b, rows 4q..4q+3 of column 4b + c.
+    // x[4 * q + c]: in 128-bit lane b, rows 4q..4q+3 of column 4b + c.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     y[c] = __builtin_shufflevector(x[c], x[4 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     y[4 + c] = __builtin_shufflevector(x[c], x[4 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     y[8 + c] = __builtin_shufflevector(x[8 + c], x[12 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-    y[12 + c] = __builtin_shufflevector(x[8 + c], x[12 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    y[12 + c] =
+        __builtin_shufflevector(x[8 + c], x[12 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   }
-  // y[c], y[8 + c]: columns c and 8 + c; y[4 + c], y[12 + c]: columns 4 + c and 12 + c; lanes are (lo rows, hi column) pairs.
+  // y[c], y[8 + c]: columns c and 8 + c; y[4 + c], y[12 + c]: columns 4 + c and 12 + c; lanes are (lo rows, hi column)
+  // pairs.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     x[c] = __builtin_shufflevector(y[c], y[8 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     x[8 + c] = __builtin_shufflevector(y[c], y[8 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     x[4 + c] = __builtin_shufflevector(y[4 + c], y[12 + c], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-    x[12 + c] = __builtin_shufflevector(y[4 + c], y[12 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    x[12 + c] =
+        __builtin_shufflevector(y[4 + c], y[12 + c], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   }
 }
 
@@ -70,8 +75,8 @@ TTS_INLINE void copy_row_bf16(const TreeAttentionParams& p, const void* cache, i
     for (; d + VW <= p.head_dim; d += VW)
       *(vh_any*)(row + d) = __builtin_convertvector((vu)load_as_float<DType::f8e4m3>(cache, element + d) >> 16, vh);
     if (d < p.head_dim) {
-      const vh tail = __builtin_convertvector(
-          (vu)load_tail_as_float<DType::f8e4m3>(cache, element + d, p.head_dim - d) >> 16, vh);
+      const vh tail =
+          __builtin_convertvector((vu)load_tail_as_float<DType::f8e4m3>(cache, element + d, p.head_dim - d) >> 16, vh);
       for (int i = 0; d < p.head_dim; ++d, ++i) row[d] = tail[i];
     }
   }
@@ -219,15 +224,19 @@ struct AmxBody {
   const WorkItem& item;
   const ItemLanes& lanes;
   Prefetcher ahead;
-  const int dim;                       // padded head_dim
-  const bool k_in_place, v_in_place;   // tiles of K, rows of V are read straight from the cache
+  const int dim;                              // padded head_dim
+  const bool k_in_place, v_in_place;          // tiles of K, rows of V are read straight from the cache
   KTiles k_tiles[tts::kNarrowElements / 32];  // [heads]
   uint32_t *q, *pairs;
   char *vt, *k_copy, *v_copy;
   float *score, *ot, *o, *rescale;
 
   AmxBody(const TreeAttentionParams& p_, const WorkItem& item_, const ItemLanes& lanes_, Carver& c)
-      : p(p_), item(item_), lanes(lanes_), ahead(p_), dim(tts::padded_head_dim(p_.head_dim)),
+      : p(p_),
+        item(item_),
+        lanes(lanes_),
+        ahead(p_),
+        dim(tts::padded_head_dim(p_.head_dim)),
         k_in_place(p.kv_dtype == DType::bf16 && p.head_dim % 32 == 0 && p.page_size % 16 == 0),
         v_in_place(p.kv_dtype == DType::bf16 && p.head_dim % 32 == 0) {
     const int64_t heads = max_(1, min_(p.num_kv_heads, tts::kNarrowElements / p.head_dim));
@@ -321,10 +330,10 @@ struct AmxBody {
         for (int i = 0; i < 16; ++i) {
           const v32h a = (v32h)(row[2 * i] ? load_bits(row[2 * i] + d * 2) : (vi){});
           const v32h b = (v32h)(row[2 * i + 1] ? load_bits(row[2 * i + 1] + d * 2) : (vi){});
-          low[i] = (vi)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17,
-                                               49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59);
-          high[i] = (vi)__builtin_shufflevector(a, b, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20, 52,
-                                                21, 53, 22, 54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63);
+          low[i] = (vi)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48,
+                                               17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59);
+          high[i] = (vi)__builtin_shufflevector(a, b, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20,
+                                                52, 21, 53, 22, 54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63);
         }
         transpose_16x16(low);
         transpose_16x16(high);
@@ -353,8 +362,8 @@ struct AmxBody {
     ahead.step(to - from);
     const Sight sight = {lanes.first + t.first_row, lanes.last + t.first_row};
     const float factor = logit_factor(p, item.head_begin + t.head);
-    softmax_tile<kVectors, 4>(score + from * kTile, to - from, t.block + from, t.masked || t.block + from < t.first, sight,
-                              factor == 0.0f ? 1.0f : __builtin_fabsf(factor), p.softcap, lanes.m + t.lane,
+    softmax_tile<kVectors, 4>(score + from * kTile, to - from, t.block + from, t.masked || t.block + from < t.first,
+                              sight, factor == 0.0f ? 1.0f : __builtin_fabsf(factor), p.softcap, lanes.m + t.lane,
                               lanes.l + t.lane, rescale, pairs + from / 2 * VW, kPairStride);
     for (int v = 0; v < kVectors; ++v) {
       for (int i = group_first * 16; i < from / 2; ++i) store_bits(pairs + v * kPairStride + i * VW, (vi){});

@@ -15,8 +15,10 @@ void run_append_kv(const AppendKVParams& p) {
         std::memcpy(static_cast<char*>(cache) + to * p.element_bytes,
                     static_cast<const char*>(from) + at * p.element_bytes, p.row_bytes);
       };
-      copy(p.k_cache, page * p.k_page + offset * p.k_token + head * p.k_cache_head, p.k, row * p.k_row + head * p.k_head);
-      copy(p.v_cache, page * p.v_page + offset * p.v_token + head * p.v_cache_head, p.v, row * p.v_row + head * p.v_head);
+      copy(p.k_cache, page * p.k_page + offset * p.k_token + head * p.k_cache_head, p.k,
+           row * p.k_row + head * p.k_head);
+      copy(p.v_cache, page * p.v_page + offset * p.v_token + head * p.v_cache_head, p.v,
+           row * p.v_row + head * p.v_head);
     }
   }
 }

@@ -18,8 +18,9 @@ T* address(int64_t x) {
 
 // shape: rows, heads, kv heads, head_dim, nodes, page_size
 inline void cpu_tree_attention(Tensor2 out, int64_t lse, Tensor2 q, Tensor3 k, Tensor3 v, std::array<int64_t, 3> plan,
-                               std::array<int64_t, 6> shape, int64_t sinks, int64_t k_scale, int64_t v_scale, int window,
-                               bool causal, float scale, float softcap, int q_dtype, int kv_dtype, int threads) {
+                               std::array<int64_t, 6> shape, int64_t sinks, int64_t k_scale, int64_t v_scale,
+                               int window, bool causal, float scale, float softcap, int q_dtype, int kv_dtype,
+                               int threads) {
   TreeAttentionParams p;
   p.q = address(q[0]), p.q_row = q[1], p.q_head = q[2];
   p.out = address(out[0]), p.out_row = out[1], p.out_head = out[2];

@@ -69,22 +69,22 @@ const Entry* entries(int* count) {
 #endif
   (void)kNoCpu, (void)kNoCompiler, (void)avx2, (void)avx512, (void)amx;
   static const Entry table[] = {
-      {&kAmxEmulated, "amx-emulated", nullptr},
-      {&kPortable, "portable", nullptr},
+    {&kAmxEmulated, "amx-emulated", nullptr},
+    {&kPortable, "portable", nullptr},
 #if defined(TTS_HAVE_AVX2)
-      {&kAvx2, "avx2", avx2 ? nullptr : kNoCpu},
+    {&kAvx2, "avx2", avx2 ? nullptr : kNoCpu},
 #else
-      {nullptr, "avx2", kNoCompiler},
+    {nullptr, "avx2", kNoCompiler},
 #endif
 #if defined(TTS_HAVE_AVX512)
-      {&kAvx512, "avx512", avx512 ? nullptr : kNoCpu},
+    {&kAvx512, "avx512", avx512 ? nullptr : kNoCpu},
 #else
-      {nullptr, "avx512", kNoCompiler},
+    {nullptr, "avx512", kNoCompiler},
 #endif
 #if defined(TTS_HAVE_AMX)
-      {&kAmx, "amx", amx ? nullptr : kNoCpu},
+    {&kAmx, "amx", amx ? nullptr : kNoCpu},
 #else
-      {nullptr, "amx", kNoCompiler},
+    {nullptr, "amx", kNoCompiler},
 #endif
   };
   *count = int(sizeof(table) / sizeof(table[0]));

@@ -1,7 +1,7 @@
 // Items in fp32 fused multiply-adds, for every dtype and every vector width.
 //
-// K and V of a block are widened to fp32 once, for all row tiles; a row tile is one or two vectors of packed rows in lanes,
-// queries transposed and scaled once per item:
+// K and V of a block are widened to fp32 once, for all row tiles; a row tile is one or two vectors of packed rows in
+// lanes, queries transposed and scaled once per item:
 //   k, v   [heads][kBlock][kStride]   fp32, kStride a constant so that one pointer reaches every token
 //   q      [lanes / tile][head_dim][tile]
 //   score  [kBlock][tile]             one K element, broadcast, meets a vector of rows
@@ -71,7 +71,8 @@ TTS_INLINE void output_rows(const float* p, int lanes, const float* v, int count
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int w = 0; w < kWide; ++w) acc[r][w] = fresh ? splat(0.0f) : load(o + r * o_stride + w * VW) * splat(rescale[r]);
+    for (int w = 0; w < kWide; ++w)
+      acc[r][w] = fresh ? splat(0.0f) : load(o + r * o_stride + w * VW) * splat(rescale[r]);
   for (int t = 0; t < count; ++t) {
     vf vv[kWide];
 #pragma GCC unroll 4
@@ -103,8 +104,8 @@ struct OutputTail<0, kWide> {
 };
 
 template <int kWide>
-__attribute__((noinline)) void output_columns(const float* p, int lanes, int rows, const float* v, int count, bool fresh,
-                                              const float* rescale, float* o, int o_stride) {
+__attribute__((noinline)) void output_columns(const float* p, int lanes, int rows, const float* v, int count,
+                                              bool fresh, const float* rescale, float* o, int o_stride) {
   // Even shares: 7 rows are 4 + 3 rather than 6 + 1.
   const int parts = (rows + kRowsPV - 1) / kRowsPV;
   for (int part = 0, r = 0; part < parts; ++part) {
@@ -171,8 +172,8 @@ struct FmaBody {
       for (int t = 0;;) {
         const int begin = tokens_first ? 0 : outer, end = tokens_first ? heads : outer + 1;
         for (int head = begin; head < end; ++head)
-          widen_row<kKV>(to + (head * kBlock + t) * kStride, cache, at.element() + (item.head_begin + head) * head_stride,
-                         p.head_dim);
+          widen_row<kKV>(to + (head * kBlock + t) * kStride, cache,
+                         at.element() + (item.head_begin + head) * head_stride, p.head_dim);
         if (++t == count) break;
         at.next();
       }
@@ -198,8 +199,8 @@ struct FmaBody {
     const int64_t at = int64_t(t.head * kBlock + t.first - t.begin) * kStride;
     const Sight sight = {lanes.first + t.first_row, lanes.last + t.first_row};
     score_tile<kVectors>(k + at, q + int64_t(t.lane) * p.head_dim, p.head_dim, count, score, &ahead);
-    softmax_tile<kVectors, 6>(score, count, t.first, t.masked, sight, 1.0f, p.softcap, lanes.m + t.lane, lanes.l + t.lane,
-                              rescale, nullptr, 0);
+    softmax_tile<kVectors, 6>(score, count, t.first, t.masked, sight, 1.0f, p.softcap, lanes.m + t.lane,
+                              lanes.l + t.lane, rescale, nullptr, 0);
     output_tile(score, kVectors * VW, t.rows, v + at, count, round_up(p.head_dim, VW), t.fresh, rescale,
                 o + int64_t(t.lane) * dim, dim, &ahead);
   }

@@ -18,13 +18,13 @@ struct ItemLanes {
 
 // One row tile against one block of tokens.
 struct TileTask {
-  int head;         // of the item, from 0
-  int lane, rows;   // first lane among all lanes of the item, packed rows
-  int first_row;    // first packed row of the tile
+  int head;               // of the item, from 0
+  int lane, rows;         // first lane among all lanes of the item, packed rows
+  int first_row;          // first packed row of the tile
   int block, begin, end;  // the block's first token; the tokens of it that are loaded
-  int first, last;  // the tokens that some row of the tile sees
-  bool masked;      // not every row sees all of them
-  bool fresh;       // no row of the tile has an output yet
+  int first, last;        // the tokens that some row of the tile sees
+  bool masked;            // not every row sees all of them
+  bool fresh;             // no row of the tile has an output yet
 };
 
 // Takes memory off a thread's scratch, 64-byte aligned; with a null base it only counts.
@@ -53,9 +53,9 @@ TTS_INLINE ItemLanes take_lanes(Carver& c) {
 // What a code path brings along:
 //   kBlock, ahead                       tokens of a block; the prefetcher, which it steps while it computes
 //   pack(kv_head, first_row, rows, lane)  the queries of one tile
-//   load_block(block, begin, end)       tokens [begin, end) of the block that starts at `block`, for all heads of the item
-//   tile(task)                          scores, softmax, output
-//   collect(lane, rows, columns, o)     a tile's output as rows of padded_head_dim floats: at o, or (o null) where it says
+//   load_block(block, begin, end)       tokens [begin, end) of the block that starts at `block`, for all heads of the
+//   item tile(task)                          scores, softmax, output collect(lane, rows, columns, o)     a tile's
+//   output as rows of padded_head_dim floats: at o, or (o null) where it says
 template <typename Body>
 TTS_INLINE void run_item(Body& body, const TreeAttentionParams& p, const States& states, const WorkItem& item,
                          const WorkItem* next, const ItemLanes& lanes) {
@@ -81,8 +81,9 @@ TTS_INLINE void run_item(Body& body, const TreeAttentionParams& p, const States&
       if (end < rest)
         body.ahead.aim(p, item, end, min_(end + Body::kBlock, rest));
       else if (next != nullptr)
-        body.ahead.aim(p, *next, next->chunk_begin * tts::chunk_tokens(p.length(next->node)),
-                       min_(p.length(next->node), next->chunk_begin * tts::chunk_tokens(p.length(next->node)) + Body::kBlock));
+        body.ahead.aim(
+            p, *next, next->chunk_begin * tts::chunk_tokens(p.length(next->node)),
+            min_(p.length(next->node), next->chunk_begin * tts::chunk_tokens(p.length(next->node)) + Body::kBlock));
       body.load_block(block, begin, end);
       for (int row = 0; row < packed; row += kTileLanes) {
         TileTask task;

@@ -13,7 +13,8 @@ struct Sight {
 };
 
 // scores [tokens][kVectors * VW], tokens from `token` of the node on -> probabilities relative to the running maximum.
-//   x = scores * factor (base 2 logits; factor > 0); m, l: running state; rescale: what the earlier output is worth now.
+//   x = scores * factor (base 2 logits; factor > 0); m, l: running state; rescale: what the earlier output is worth
+//   now.
 // Output: fp32 in place, or (pairs != null) bf16 pairs of tokens, pairs [kVectors][tokens / 2 rounded up][VW].
 template <int kVectors, int kExpDegree>
 TTS_INLINE void softmax_tile(float* scores, int count, int token, bool masked, const Sight& sight, float factor,
@@ -75,9 +76,10 @@ TTS_INLINE void softmax_tile(float* scores, int count, int token, bool masked, c
   }
 }
 
-// (m, l, o) <- (m, l, o) + (m2, l2, o2). One body for every caller, never inlined, so that folding chunks inside an item
-// and folding them later give the same bits. A state with l = 0 saw nothing and its o is not read.
-__attribute__((noinline)) void fold_state(float* m, float* l, float* o, float m2, float l2, const float* o2, int count) {
+// (m, l, o) <- (m, l, o) + (m2, l2, o2). One body for every caller, never inlined, so that folding chunks inside an
+// item and folding them later give the same bits. A state with l = 0 saw nothing and its o is not read.
+__attribute__((noinline)) void fold_state(float* m, float* l, float* o, float m2, float l2, const float* o2,
+                                          int count) {
   if (l2 == 0.0f) return;
   if (*l == 0.0f) {
     for (int d = 0; d < count; d += VW) store(o + d, load(o2 + d));

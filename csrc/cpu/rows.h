@@ -1,5 +1,5 @@
-// What both kinds of item share: which tokens each packed row sees, where a token lies in the cache, the prefetch of what
-// comes next, and the end of a row: folding its states root to leaf and writing the result.
+// What both kinds of item share: which tokens each packed row sees, where a token lies in the cache, the prefetch of
+// what comes next, and the end of a row: folding its states root to leaf and writing the result.
 #pragma once
 
 #include "online_softmax.h"
@@ -105,8 +105,15 @@ struct Prefetcher {
   int tokens, heads, head;
 
   TTS_INLINE explicit Prefetcher(const TreeAttentionParams& p)
-      : element_bytes(tts::dtype_bytes(p.kv_dtype)), row_bytes(element_bytes * p.head_dim),
-        k_head(p.k_head * element_bytes), v_head(p.v_head * element_bytes), k(), v(), tokens(0), heads(0), head(0) {}
+      : element_bytes(tts::dtype_bytes(p.kv_dtype)),
+        row_bytes(element_bytes * p.head_dim),
+        k_head(p.k_head * element_bytes),
+        v_head(p.v_head * element_bytes),
+        k(),
+        v(),
+        tokens(0),
+        heads(0),
+        head(0) {}
 
   TTS_INLINE void aim(const TreeAttentionParams& p, const WorkItem& item, int begin, int end) {
     tokens = end > begin ? end - begin : 0;

@@ -18,9 +18,9 @@ namespace {
 
 // The cost of a token beside its rows' arithmetic: reading and widening its K and V.
 constexpr float kTokenCost = 16;
-constexpr int kItemsPerThread = 4;     // enough for the longest-first order to even out
-constexpr int kMinRowsPerPart = 128;   // packed rows that repay widening the block once more
-constexpr float kSerialCost = 20000;   // below, waking threads costs more than it saves
+constexpr int kItemsPerThread = 4;    // enough for the longest-first order to even out
+constexpr int kMinRowsPerPart = 128;  // packed rows that repay widening the block once more
+constexpr float kSerialCost = 20000;  // below, waking threads costs more than it saves
 
 struct Schedule {
   std::vector<WorkItem> items;
@@ -66,8 +66,10 @@ void make_schedule(const TreeAttentionParams& p, int threads, Schedule* s) {
         const int64_t packed = int64_t(row_end - row) * group;
         for (int slot = 0; slot < s->nodes[n].slots; ++slot) {
           const int first = apart ? slot : 0, last = apart ? slot + 1 : chunks;
-          const int64_t tokens = std::min<int64_t>(length, int64_t(last) * chunk_tokens(length)) - int64_t(first) * chunk_tokens(length);
-          s->items.push_back({n, head, head_end, row, row_end, first, last, slot, (head_end - head) * item_cost(tokens, packed)});
+          const int64_t tokens =
+              std::min<int64_t>(length, int64_t(last) * chunk_tokens(length)) - int64_t(first) * chunk_tokens(length);
+          s->items.push_back(
+              {n, head, head_end, row, row_end, first, last, slot, (head_end - head) * item_cost(tokens, packed)});
         }
       }
   }

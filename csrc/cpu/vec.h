@@ -1,6 +1,6 @@
-// Vectors of VW floats for the code path that includes this file, as GCC/Clang vector extensions: one source serves every
-// instruction set, and a width that the machine lacks is lowered by the compiler. Everything here has internal linkage, so
-// that code compiled for one instruction set is never linked into another's path.
+// Vectors of VW floats for the code path that includes this file, as GCC/Clang vector extensions: one source serves
+// every instruction set, and a width that the machine lacks is lowered by the compiler. Everything here has internal
+// linkage, so that code compiled for one instruction set is never linked into another's path.
 #pragma once
 
 #include <cstdint>
@@ -157,7 +157,8 @@ TTS_INLINE void store_as(DType dtype, void* base, int64_t index, vf x) {
     *(vh_any*)((uint16_t*)base + index) = narrow_bf16(x);
 }
 
-// The last elements of a row that is no multiple of VW long go through a small buffer, so nothing outside it is touched.
+// The last elements of a row that is no multiple of VW long go through a small buffer, so nothing outside it is
+// touched.
 template <DType kType>
 TTS_INLINE vf load_tail_as_float(const void* base, int64_t index, int count) {
   unsigned char buffer[VW * 4] = {};

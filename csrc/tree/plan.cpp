@@ -36,7 +36,8 @@ bool read_forest(PyObject* parent, PyObject* length, PyObject* pages, PyObject* 
   if (!read_ints(parent, -1, INT_MAX, &f->parent) || !read_ints(length, 0, INT_MAX, &f->length) ||
       !read_ints(rows, 0, INT_MAX, &f->rows) || !PyList_CheckExact(pages))
     return false;
-  if (PyList_GET_SIZE(length) != count || PyList_GET_SIZE(rows) != count || PyList_GET_SIZE(pages) != count) return false;
+  if (PyList_GET_SIZE(length) != count || PyList_GET_SIZE(rows) != count || PyList_GET_SIZE(pages) != count)
+    return false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     f->page_begin.push_back(static_cast<int32_t>(f->pages.size()));
     if (f->parent[i] >= i || f->rows[i] > f->length[i] || f->pages.size() > INT_MAX / 2 ||
@@ -98,7 +99,8 @@ py::object plan_from_nodes(py::object parent, py::object length, py::object page
     nodes[4 * n + at] = first_row[i];
     nodes[5 * n + at] = first_row[i] + f.rows[i];
     nodes[6 * n + at] = first_row[i] + subtree_rows[i];
-    for (int32_t r = 0; r < f.rows[i]; ++r) row_source[first_row[i] + r] = caller_row++, row_node[first_row[i] + r] = at;
+    for (int32_t r = 0; r < f.rows[i]; ++r)
+      row_source[first_row[i] + r] = caller_row++, row_node[first_row[i] + r] = at;
     grows[at] = size[i] == 1 && f.rows[i] > 0;
     if (grows[at]) {
       ++num_growing;
@@ -106,7 +108,8 @@ py::object plan_from_nodes(py::object parent, py::object length, py::object page
     }
   }
   const int32_t max_page = f.pages.empty() ? -1 : *std::max_element(f.pages.begin(), f.pages.end());
-  return py::make_tuple(tables, num_rows, num_pages, num_growing, num_tokens, num_growing ? capacity : 0, depth, max_page);
+  return py::make_tuple(tables, num_rows, num_pages, num_growing, num_tokens, num_growing ? capacity : 0, depth,
+                        max_page);
 }
 
 }  // namespace tts

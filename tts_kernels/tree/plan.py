@@ -285,7 +285,9 @@ def from_tables(
     and, where `pages` is not given, pages [num_pages]."""
     num_nodes = (len(tables) // 4 - 2 * num_rows - num_pages) // 8
     with torch.inference_mode(False):  # else advance_ would fail outside of inference mode
-        table = torch.frombuffer(tables, dtype=torch.int32) if tables else torch.empty(0, dtype=torch.int32, device="cpu")
+        table = (
+            torch.frombuffer(tables, dtype=torch.int32) if tables else torch.empty(0, dtype=torch.int32, device="cpu")
+        )
         parts = table.to(device).split_with_sizes([7 * num_nodes, 2 * num_rows, num_nodes, num_pages])
         return TreePlan(
             nodes=parts[0].view(7, num_nodes),
