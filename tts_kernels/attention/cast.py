@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers beyond the range of fp8 become its largest one; NaN stays NaN. (Versions of torch differ in this cast.)"""
+    """Numbers beyond fp8's range become its largest one; NaN stays NaN. (Versions of torch differ in this cast.)"""
     if dtype == torch.float8_e4m3fn and x.dtype != dtype:
         x = x.to(torch.float32).clamp(-448.0, 448.0)
     return x.to(dtype)
