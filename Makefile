@@ -69,9 +69,9 @@ sanitize: $(READY)
 	ls build/sanitize/tts_kernels/_C*.so
 	cd build/sanitize && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=4 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	$(PY) -c 'import sys, pytest, tts_kernels._C as c; assert c.__file__.startswith("$(ROOT)/build/sanitize/"), c; sys.exit(pytest.main())' \
-	-c $(ROOT)/pyproject.toml --rootdir $(ROOT) -p no:faulthandler -p no:cacheprovider --capture=sys -q \
+	-c $(ROOT)/pyproject.toml --rootdir $(ROOT) -p no:faulthandler -p no:cacheprovider --capture=sys -v \
 	-m "not gpu" -k "not reference and not inductor" $(ROOT)/tests/attention $(ARGS)
 
 clean:

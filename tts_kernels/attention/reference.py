@@ -67,10 +67,10 @@ def tree_attention(
                 scores = torch.einsum("rhgd,thd->rhgt", q[row], k)
                 if softcap > 0:
                     scores = softcap * torch.tanh(scores / softcap)
-                # Own row j of c sees the first length - c + j + 1 tokens; a descendant's row sees all of them.
-                own_limit = length - own_end + row + 1 if causal else torch.full_like(row, length)
-                limit = torch.where(row < own_end, own_limit, length)
-                visible = token < limit[:, None]  # [rows, T]
+                visible = torch.ones(len(row), length, dtype=torch.bool, device=q.device)
+                if causal:
+                    # Own row j of c sees the first length - c + j + 1 tokens. This lets descendants' rows see them all.
+                    visible = token < length - own_end + row[:, None] + 1
                 if window >= 0:
                     visible &= node[POSITION] + token >= row_position[row][:, None] - window
                 scores = scores.masked_fill(~visible[:, None, None], -math.inf)
