@@ -6,8 +6,8 @@
 // Scratch of an item; a row tile is 16 or 32 packed rows wide, dim is head_dim padded to 32:
 //   q     [lanes / tile][dim / 32][tile / 16][16 pairs of d][16 rows]   bf16 pairs
 //   vt    [heads][dim][kAmxBlock]                bf16
-//   score [kAmxBlock][tile]                      fp32
-//   pairs [tile / 16][kAmxBlock / 2][16 rows]    bf16 pairs of tokens
+//   score [2 stages][kAmxBlock][tile]                    fp32
+//   pairs [2 stages][tile / 16][kAmxBlock / 2][16 rows]  bf16 pairs of tokens
 //   ot    [lanes / tile][dim][tile]              fp32
 #pragma once
 
@@ -89,118 +89,153 @@ struct KTiles {
   int64_t stride;
 };
 
-// score[token][lanes] for the 16-token groups [first, last) of the block.
-void score_groups_2(const KTiles& k, int first, int last, const uint32_t* q, int dim, float* score) {
-  TILE_FENCE();
-  for (int g = first; g < last; g += 2) {
-    const bool both = g + 1 < last;
-    const char *a0 = k.at[g], *a1 = k.at[both ? g + 1 : g];
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-    for (int d = 0; d < dim; d += 32) {
-      const uint32_t* b = q + d / 32 * 512;
-      TILE_LOAD(6, b, 64);
-      TILE_LOAD(4, a0 + d * 2, k.stride);
-      TILE_DOT(0, 4, 6);
-      TILE_LOAD(7, b + 256, 64);
-      TILE_DOT(1, 4, 7);
-      TILE_LOAD(5, a1 + d * 2, k.stride);
-      TILE_DOT(2, 5, 6);
-      TILE_DOT(3, 5, 7);
+// score [tokens][tile] = K * Q^T for the 16-token groups [group, last) of a block, in steps of four tile products.
+struct ScoreWork {
+  const KTiles* k;
+  const uint32_t* q;
+  float* score;
+  int group, last, dim, d;
+
+  // Two groups against two vectors of rows. Tiles: 0-3 the products, 4-5 K, 6-7 Q.
+  void step2() {
+    const bool both = group + 1 < last;
+    const char *k0 = k->at[group] + d * 2, *k1 = k->at[both ? group + 1 : group] + d * 2;
+    const uint32_t* q0 = q + d / 32 * 512;
+    if (d == 0) {
+      TILE_ZERO(0);
+      TILE_ZERO(1);
+      TILE_ZERO(2);
+      TILE_ZERO(3);
     }
-    float* c = score + g * 16 * 32;
+    TILE_LOAD(6, q0, 64);
+    TILE_LOAD(4, k0, k->stride);
+    TILE_DOT(0, 4, 6);
+    TILE_LOAD(7, q0 + 256, 64);
+    TILE_DOT(1, 4, 7);
+    TILE_LOAD(5, k1, k->stride);
+    TILE_DOT(2, 5, 6);
+    TILE_DOT(3, 5, 7);
+    if ((d += 32) < dim) return;
+    float* c = score + group * 16 * 32;
     TILE_STORE(0, c, 128);
     TILE_STORE(1, c + 16, 128);
     if (both) {
       TILE_STORE(2, c + 16 * 32, 128);
       TILE_STORE(3, c + 16 * 32 + 16, 128);
     }
+    d = 0;
+    group += 2;
   }
-  TILE_FENCE();
-}
 
-void score_groups_1(const KTiles& k, int first, int last, const uint32_t* q, int dim, float* score) {
-  TILE_FENCE();
-  for (int g = first; g < last; g += 2) {
-    const bool both = g + 1 < last;
-    const char *a0 = k.at[g], *a1 = k.at[both ? g + 1 : g];
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    for (int d = 0; d < dim; d += 32) {
-      TILE_LOAD(6, q + d / 32 * 256, 64);
-      TILE_LOAD(4, a0 + d * 2, k.stride);
-      TILE_DOT(0, 4, 6);
-      TILE_LOAD(5, a1 + d * 2, k.stride);
-      TILE_DOT(1, 5, 6);
-    }
-    float* c = score + g * 16 * 16;
-    TILE_STORE(0, c, 64);
-    if (both) TILE_STORE(1, c + 256, 64);
-  }
-  TILE_FENCE();
-}
-
-// ot[d][lanes] += vt[d][tokens] * pairs[tokens][lanes] over the 32-token groups [first, last) of the block.
-void output_groups_2(const char* vt, const uint32_t* pairs, int first, int last, int dim, bool fresh, float* ot) {
-  TILE_FENCE();
-  for (int d = 0; d < dim; d += 32) {
-    float* c = ot + d * 32;
-    if (fresh) {
+  // Four groups against one vector of rows. Tiles: 0-3 the products, 4-5 K, 6 Q.
+  void step1() {
+    const int count = min_(4, last - group);
+    const uint32_t* q0 = q + d / 32 * 256;
+    if (d == 0) {
       TILE_ZERO(0);
       TILE_ZERO(1);
       TILE_ZERO(2);
       TILE_ZERO(3);
-    } else {
-      TILE_LOAD(0, c, 128);
-      TILE_LOAD(1, c + 16, 128);
-      TILE_LOAD(2, c + 16 * 32, 128);
-      TILE_LOAD(3, c + 16 * 32 + 16, 128);
     }
-    for (int g = first; g < last; ++g) {
-      const char* a = vt + int64_t(d) * kVtStride + g * 64;
-      TILE_LOAD(6, pairs + g * 256, 64);
-      TILE_LOAD(4, a, kVtStride);
-      TILE_DOT(0, 4, 6);
-      TILE_LOAD(7, pairs + kPairStride + g * 256, 64);
-      TILE_DOT(1, 4, 7);
-      TILE_LOAD(5, a + 16 * kVtStride, kVtStride);
-      TILE_DOT(2, 5, 6);
-      TILE_DOT(3, 5, 7);
+    TILE_LOAD(6, q0, 64);
+    TILE_LOAD(4, k->at[group] + d * 2, k->stride);
+    TILE_DOT(0, 4, 6);
+    if (count > 1) {
+      TILE_LOAD(5, k->at[group + 1] + d * 2, k->stride);
+      TILE_DOT(1, 5, 6);
     }
+    if (count > 2) {
+      TILE_LOAD(4, k->at[group + 2] + d * 2, k->stride);
+      TILE_DOT(2, 4, 6);
+    }
+    if (count > 3) {
+      TILE_LOAD(5, k->at[group + 3] + d * 2, k->stride);
+      TILE_DOT(3, 5, 6);
+    }
+    if ((d += 32) < dim) return;
+    float* c = score + group * 16 * 16;
+    TILE_STORE(0, c, 64);
+    if (count > 1) TILE_STORE(1, c + 256, 64);
+    if (count > 2) TILE_STORE(2, c + 512, 64);
+    if (count > 3) TILE_STORE(3, c + 768, 64);
+    d = 0;
+    group += 4;
+  }
+
+  int steps(int vectors) const {
+    return vectors == 0 ? 0 : (last - group + 5 - 2 * vectors) / (6 - 2 * vectors) * (dim / 32);
+  }
+};
+
+// ot [dim][tile] += V^T * P^T over the 32-token groups [first, last) of a block, in steps of four tile products.
+struct OutputWork {
+  const char* vt;
+  const uint32_t* pairs;
+  float* ot;
+  int first, last, dim, d, group;
+  bool fresh;
+
+  // 32 of dim against two vectors of rows. Tiles: 0-3 the sums, 4-5 V^T, 6-7 P^T.
+  void step2() {
+    float* c = ot + d * 32;
+    if (group == first) {
+      if (fresh) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+      } else {
+        TILE_LOAD(0, c, 128);
+        TILE_LOAD(1, c + 16, 128);
+        TILE_LOAD(2, c + 16 * 32, 128);
+        TILE_LOAD(3, c + 16 * 32 + 16, 128);
+      }
+    }
+    const char* a = vt + int64_t(d) * kVtStride + group * 64;
+    TILE_LOAD(6, pairs + group * 256, 64);
+    TILE_LOAD(4, a, kVtStride);
+    TILE_DOT(0, 4, 6);
+    TILE_LOAD(7, pairs + kPairStride + group * 256, 64);
+    TILE_DOT(1, 4, 7);
+    TILE_LOAD(5, a + 16 * kVtStride, kVtStride);
+    TILE_DOT(2, 5, 6);
+    TILE_DOT(3, 5, 7);
+    if (++group < last) return;
     TILE_STORE(0, c, 128);
     TILE_STORE(1, c + 16, 128);
     TILE_STORE(2, c + 16 * 32, 128);
     TILE_STORE(3, c + 16 * 32 + 16, 128);
+    group = first;
+    d += 32;
   }
-  TILE_FENCE();
-}
 
-void output_groups_1(const char* vt, const uint32_t* pairs, int first, int last, int dim, bool fresh, float* ot) {
-  TILE_FENCE();
-  for (int d = 0; d < dim; d += 32) {
+  // 32 of dim against one vector of rows. Tiles: 0-1 the sums, 4-5 V^T, 6 P^T.
+  void step1() {
     float* c = ot + d * 16;
-    if (fresh) {
-      TILE_ZERO(0);
-      TILE_ZERO(1);
-    } else {
-      TILE_LOAD(0, c, 64);
-      TILE_LOAD(1, c + 256, 64);
+    if (group == first) {
+      if (fresh) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+      } else {
+        TILE_LOAD(0, c, 64);
+        TILE_LOAD(1, c + 256, 64);
+      }
     }
-    for (int g = first; g < last; ++g) {
-      const char* a = vt + int64_t(d) * kVtStride + g * 64;
-      TILE_LOAD(6, pairs + g * 256, 64);
-      TILE_LOAD(4, a, kVtStride);
-      TILE_DOT(0, 4, 6);
-      TILE_LOAD(5, a + 16 * kVtStride, kVtStride);
-      TILE_DOT(1, 5, 6);
-    }
+    const char* a = vt + int64_t(d) * kVtStride + group * 64;
+    TILE_LOAD(6, pairs + group * 256, 64);
+    TILE_LOAD(4, a, kVtStride);
+    TILE_DOT(0, 4, 6);
+    TILE_LOAD(5, a + 16 * kVtStride, kVtStride);
+    TILE_DOT(1, 5, 6);
+    if (++group < last) return;
     TILE_STORE(0, c, 64);
     TILE_STORE(1, c + 256, 64);
+    group = first;
+    d += 32;
   }
-  TILE_FENCE();
-}
+
+  int steps(int vectors) const { return vectors == 0 ? 0 : (dim - d) / 32 * (last - first); }
+};
 
 // ot *= rescale, unless that is all ones.
 template <int kVectors>
@@ -229,7 +264,7 @@ struct AmxBody {
   KTiles k_tiles[tts::kNarrowElements / 32];  // [heads]
   uint32_t *q, *pairs;
   char *vt, *k_copy, *v_copy;
-  float *score, *ot, *o, *rescale;
+  float *score, *ot, *o;
 
   AmxBody(const TreeAttentionParams& p_, const WorkItem& item_, const ItemLanes& lanes_, Carver& c)
       : p(p_),
@@ -241,14 +276,13 @@ struct AmxBody {
         v_in_place(p.kv_dtype == DType::bf16 && p.head_dim % 32 == 0) {
     const int64_t heads = max_(1, min_(p.num_kv_heads, tts::kNarrowElements / p.head_dim));
     q = c.take<uint32_t>(kScratchLanes * dim / 2);
-    pairs = c.take<uint32_t>(2 * kPairStride);
+    pairs = c.take<uint32_t>(2 * 2 * kPairStride);
     vt = c.take<char>(heads * dim * kVtStride);
     k_copy = c.take<char>(k_in_place ? 0 : heads * kBlock * kCopyStride);
     v_copy = c.take<char>(v_in_place ? 0 : 32 * kCopyStride);
-    score = c.take<float>(kBlock * kTileLanes);
+    score = c.take<float>(2 * kBlock * kTileLanes);
     ot = c.take<float>(kScratchLanes * dim);
     o = c.take<float>(kTileLanes * dim);
-    rescale = c.take<float>(kTileLanes);
   }
 
   // Queries of one tile as B operands; lanes without a row are 0. A negative factor goes into the sign, so that the
@@ -347,40 +381,110 @@ struct AmxBody {
     }
   }
 
-  template <int kVectors>
-  void tile_of(const TileTask& t) {
-    constexpr int kTile = kVectors * VW;
-    const int from = (t.first - t.block) & ~1, to = t.last - t.block;  // an even start: tokens go in pairs
-    const int group_first = from / 32, group_last = (to + 31) / 32;
-    const uint32_t* tile_q = q + int64_t(t.lane) * dim / 2;
-    const char* tile_vt = vt + int64_t(t.head) * dim * kVtStride;
-    float* tile_ot = ot + int64_t(t.lane) * dim;
-    if (kVectors == 2)
-      score_groups_2(k_tiles[t.head], from / 16, (to + 15) / 16, tile_q, dim, score);
-    else
-      score_groups_1(k_tiles[t.head], from / 16, (to + 15) / 16, tile_q, dim, score);
-    ahead.step(to - from);
-    const Sight sight = {lanes.first + t.first_row, lanes.last + t.first_row};
-    const float factor = logit_factor(p, item.head_begin + t.head);
-    softmax_tile<kVectors, 4>(score + from * kTile, to - from, t.block + from, t.masked || t.block + from < t.first,
-                              sight, factor == 0.0f ? 1.0f : __builtin_fabsf(factor), p.softcap, lanes.m + t.lane,
-                              lanes.l + t.lane, rescale, pairs + from / 2 * VW, kPairStride);
-    for (int v = 0; v < kVectors; ++v) {
-      for (int i = group_first * 16; i < from / 2; ++i) store_bits(pairs + v * kPairStride + i * VW, (vi){});
-      for (int i = (to + 1) / 2; i < group_last * 16; ++i) store_bits(pairs + v * kPairStride + i * VW, (vi){});
-    }
-    if (!t.fresh) rescale_output<kVectors>(rescale, dim, tile_ot);
-    if (kVectors == 2)
-      output_groups_2(tile_vt, pairs, group_first, group_last, dim, t.fresh, tile_ot);
-    else
-      output_groups_1(tile_vt, pairs, group_first, group_last, dim, t.fresh, tile_ot);
-  }
+  // The tile unit and the vector units work on different tiles at a time: while the softmax of one tile runs, the tile
+  // unit takes the output of the tile before it and the scores of the one after it, a few products every few vectors.
+  // A stage is a tile on its way; vectors = 0: none.
+  struct Stage {
+    TileTask task;
+    int vectors = 0;
+    int slot = 0;  // which of the two score, pairs and rescale buffers
+  };
+  Stage scored, weighed;  // waits for its softmax; for its output
+  ScoreWork score_work;
+  OutputWork output_work;
+  int next_slot = 0;
+
+  TTS_INLINE float* score_of(const Stage& s) const { return score + s.slot * kBlock * kTileLanes; }
+  TTS_INLINE uint32_t* pairs_of(const Stage& s) const { return pairs + s.slot * 2 * kPairStride; }
+  TTS_INLINE static int even_first(const TileTask& t) { return (t.first - t.block) & ~1; }  // tokens go in pairs
 
   void tile(const TileTask& t) {
-    if (t.rows > VW)
-      tile_of<2>(t);
-    else
-      tile_of<1>(t);
+    Stage arriving;
+    arriving.task = t;
+    arriving.vectors = t.rows > VW ? 2 : 1;
+    arriving.slot = next_slot;
+    next_slot ^= 1;
+    advance(arriving);
+  }
+
+  void finish_block() {
+    advance(Stage());
+    advance(Stage());
+  }
+
+  // Every tile moves one stage on; `arriving` gets its scores.
+  void advance(const Stage& arriving) {
+    if (weighed.vectors) {
+      const TileTask& t = weighed.task;
+      const int first = even_first(t) / 32, last = (t.last - t.block + 31) / 32;
+      output_work = {vt + int64_t(t.head) * dim * kVtStride,
+                     pairs_of(weighed),
+                     ot + int64_t(t.lane) * dim,
+                     first,
+                     last,
+                     dim,
+                     0,
+                     first,
+                     t.fresh};
+    }
+    if (arriving.vectors) {
+      const TileTask& t = arriving.task;
+      score_work = {&k_tiles[t.head],
+                    q + int64_t(t.lane) * dim / 2,
+                    score_of(arriving),
+                    even_first(t) / 16,
+                    (t.last - t.block + 15) / 16,
+                    dim,
+                    0};
+      ahead.step(t.last - t.first);
+    }
+    int outputs = output_work.steps(weighed.vectors), scores = score_work.steps(arriving.vectors);
+    const auto step = [&]() __attribute__((always_inline)) {
+      if (outputs > 0) {
+        --outputs;
+        weighed.vectors == 2 ? output_work.step2() : output_work.step1();
+      } else if (scores > 0) {
+        --scores;
+        arriving.vectors == 2 ? score_work.step2() : score_work.step1();
+      }
+    };
+    TILE_FENCE();
+    if (scored.vectors) {
+      const int tokens = scored.task.last - scored.task.block - even_first(scored.task);
+      const int calls = max_(1, scored.vectors * (tokens / 8)), each = (outputs + scores + calls - 1) / calls;
+      const auto meanwhile = [&]() {
+        for (int i = 0; i < each; ++i) step();
+      };
+      if (scored.vectors == 2)
+        weigh<2>(scored, meanwhile);
+      else
+        weigh<1>(scored, meanwhile);
+    }
+    while (outputs + scores > 0) step();
+    TILE_FENCE();
+    weighed = scored;
+    scored = arriving;
+  }
+
+  template <int kVectors, typename Meanwhile>
+  void weigh(const Stage& stage, const Meanwhile& meanwhile) {
+    constexpr int kTile = kVectors * VW;
+    const TileTask& t = stage.task;
+    const int from = even_first(t), to = t.last - t.block;
+    const Sight sight = {lanes.first + t.first_row, lanes.last + t.first_row};
+    const float factor = logit_factor(p, item.head_begin + t.head);
+    uint32_t* to_pairs = pairs_of(stage);
+    float rescale[kTile] __attribute__((aligned(64)));
+    softmax_tile<kVectors, 4>(score_of(stage) + from * kTile, to - from, t.block + from,
+                              t.masked || t.block + from < t.first, sight,
+                              factor == 0.0f ? 1.0f : __builtin_fabsf(factor), p.softcap, lanes.m + t.lane,
+                              lanes.l + t.lane, rescale, to_pairs + from / 2 * VW, kPairStride, meanwhile);
+    for (int v = 0; v < kVectors; ++v) {  // the rest of the first and last 32 tokens has no weight
+      uint32_t* row = to_pairs + v * kPairStride;
+      for (int i = from / 32 * 16; i < from / 2; ++i) store_bits(row + i * VW, (vi){});
+      for (int i = (to + 1) / 2; i < (to + 31) / 32 * 16; ++i) store_bits(row + i * VW, (vi){});
+    }
+    if (!t.fresh) rescale_output<kVectors>(rescale, dim, ot + int64_t(t.lane) * dim);
   }
 
   // ot[dim][tile] -> rows.

@@ -200,7 +200,7 @@ struct FmaBody {
     const Sight sight = {lanes.first + t.first_row, lanes.last + t.first_row};
     score_tile<kVectors>(k + at, q + int64_t(t.lane) * p.head_dim, p.head_dim, count, score, &ahead);
     softmax_tile<kVectors, 6>(score, count, t.first, t.masked, sight, 1.0f, p.softcap, lanes.m + t.lane,
-                              lanes.l + t.lane, rescale, nullptr, 0);
+                              lanes.l + t.lane, rescale, nullptr, 0, [] {});
     output_tile(score, kVectors * VW, t.rows, v + at, count, round_up(p.head_dim, VW), t.fresh, rescale,
                 o + int64_t(t.lane) * dim, dim, &ahead);
   }
@@ -211,6 +211,8 @@ struct FmaBody {
     else
       tile_of<1>(t);
   }
+
+  void finish_block() {}
 
   const float* collect(int lane, int rows, int columns, float* to) {
     const int dim = tts::padded_head_dim(p.head_dim);

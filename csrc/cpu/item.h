@@ -101,6 +101,7 @@ TTS_INLINE void run_item(Body& body, const TreeAttentionParams& p, const States&
           body.tile(task);
         }
       }
+      body.finish_block();
       body.ahead.step(Body::kBlock * heads);
     }
 

@@ -16,9 +16,12 @@ struct Sight {
 //   x = scores * factor (base 2 logits; factor > 0); m, l: running state; rescale: what the earlier output is worth
 //   now.
 // Output: fp32 in place, or (pairs != null) bf16 pairs of tokens, pairs [kVectors][tokens / 2 rounded up][VW].
-template <int kVectors, int kExpDegree>
+// meanwhile(): called every 8 vectors, for work of another unit that may overlap.
+// The two sums are those of the even and of the odd tokens, whichever a tile begins with: their sum is the same.
+template <int kVectors, int kExpDegree, typename Meanwhile>
 TTS_INLINE void softmax_tile(float* scores, int count, int token, bool masked, const Sight& sight, float factor,
-                             float softcap, float* m, float* l, float* rescale, uint32_t* pairs, int pair_stride) {
+                             float softcap, float* m, float* l, float* rescale, uint32_t* pairs, int pair_stride,
+                             const Meanwhile& meanwhile) {
   constexpr int kLanes = kVectors * VW;
   if (softcap > 0.0f) {
     const vf inner = splat(factor / softcap), outer = splat(softcap * kLog2e);
@@ -71,6 +74,7 @@ TTS_INLINE void softmax_tile(float* scores, int count, int token, bool masked, c
         store(p + t * kLanes, p0);
         if (t + 1 < count) store(p + (t + 1) * kLanes, p1);
       }
+      if ((t & 6) == 6) meanwhile();
     }
     store(l + v * VW, load(l + v * VW) * keep + (sum0 + sum1));
   }
@@ -78,8 +82,7 @@ TTS_INLINE void softmax_tile(float* scores, int count, int token, bool masked, c
 
 // (m, l, o) <- (m, l, o) + (m2, l2, o2). One body for every caller, never inlined, so that folding chunks inside an
 // item and folding them later give the same bits. A state with l = 0 saw nothing and its o is not read.
-__attribute__((noinline)) void fold_state(float* m, float* l, float* o, float m2, float l2, const float* o2,
-                                          int count) {
+TTS_ONE_BODY void fold_state(float* m, float* l, float* o, float m2, float l2, const float* o2, int count) {
   if (l2 == 0.0f) return;
   if (*l == 0.0f) {
     for (int d = 0; d < count; d += VW) store(o + d, load(o2 + d));

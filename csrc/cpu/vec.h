@@ -28,6 +28,11 @@ typedef uint8_t vb __attribute__((vector_size(VW)));
 typedef uint8_t vb_any __attribute__((vector_size(VW), aligned(1), may_alias));
 
 #define TTS_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define TTS_ONE_BODY __attribute__((noinline))
+#else
+#define TTS_ONE_BODY __attribute__((noinline, noclone))
+#endif
 
 TTS_INLINE vf splat(float x) { return x - (vf){}; }
 TTS_INLINE vi splat(int32_t x) { return x - (vi){}; }
