@@ -274,7 +274,7 @@ struct AmxBody {
         dim(tts::padded_head_dim(p_.head_dim)),
         k_in_place(p.kv_dtype == DType::bf16 && p.head_dim % 32 == 0 && p.page_size % 16 == 0),
         v_in_place(p.kv_dtype == DType::bf16 && p.head_dim % 32 == 0) {
-    const int64_t heads = max_(1, min_(p.num_kv_heads, tts::kNarrowElements / p.head_dim));
+    const int64_t heads = tts::max_item_heads(p.head_dim, p.num_kv_heads);
     q = c.take<uint32_t>(kScratchLanes * dim / 2);
     pairs = c.take<uint32_t>(2 * 2 * kPairStride);
     vt = c.take<char>(heads * dim * kVtStride);

@@ -23,6 +23,10 @@ template <int kTokens, int kVectors>
 TTS_INLINE void score_tokens(const float* k, const float* q, int dim, float* score) {
   vf acc[kTokens][kVectors] = {};
   for (int d = 0; d < dim; ++d) {
+    if ((d & 15) == 0) {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) __builtin_prefetch(k + (t + kTokens) * kStride + d, 0, 3);
+    }
     vf qv[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) qv[v] = load(q + (d * kVectors + v) * VW);
@@ -138,7 +142,7 @@ struct FmaBody {
   FmaBody(const TreeAttentionParams& p_, const WorkItem& item_, const ItemLanes& lanes_, Carver& c)
       : p(p_), item(item_), lanes(lanes_), ahead(p_) {
     const int64_t dim = tts::padded_head_dim(p.head_dim);
-    const int heads = max_(1, min_(p.num_kv_heads, tts::kNarrowElements / p.head_dim));
+    const int heads = tts::max_item_heads(p.head_dim, p.num_kv_heads);
     k = c.take<float>(heads * kBlock * kStride);
     v = c.take<float>(heads * kBlock * kStride);
     q = c.take<float>(kScratchLanes * dim);

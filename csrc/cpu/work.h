@@ -15,21 +15,24 @@ TTS_SHARED int chunk_tokens(int length) {
 TTS_SHARED int num_chunks(int length) { return (length + chunk_tokens(length) - 1) / chunk_tokens(length); }
 
 constexpr int kMaxHeadDim = 256;
+TTS_SHARED int padded_head_dim(int head_dim) { return (head_dim + 31) / 32 * 32; }
 constexpr int kMaxItemLanes = 512;  // packed rows (rows * group) times KV heads of one item: bounds a thread's scratch
 constexpr int kNarrow = 64;  // up to so many packed rows, reading KV is the cost, and an item takes several KV heads:
 constexpr int kNarrowElements = 512;  // in an NHD cache their rows are one long run of memory
 
+// The most KV heads that an item takes.
+TTS_SHARED int max_item_heads(int head_dim, int num_kv_heads) {
+  const int heads = kNarrowElements / padded_head_dim(head_dim);  // 2 to 16
+  return heads < num_kv_heads ? heads : num_kv_heads;
+}
+
 // KV heads of one item that has so many packed rows per head.
 TTS_SHARED int heads_per_item(int head_dim, int num_kv_heads, int64_t packed_rows) {
   if (packed_rows > kNarrow) return 1;
-  int heads = kNarrowElements / head_dim;
-  heads = heads < num_kv_heads ? heads : num_kv_heads;
+  const int heads = max_item_heads(head_dim, num_kv_heads);
   const int fit = int(kMaxItemLanes / ((packed_rows + 31) / 32 * 32));
-  heads = heads < fit ? heads : fit;
-  return heads < 1 ? 1 : heads;
+  return heads < fit ? heads : fit;
 }
-
-TTS_SHARED int padded_head_dim(int head_dim) { return (head_dim + 31) / 32 * 32; }
 
 // The states of one node: softmax partials (o, m, l) of each packed row = row * group + head in group, o not yet
 // divided by l, m in base 2. `slots` is the number of chunks kept apart, or 1 where one item folds all chunks itself.

@@ -15,6 +15,7 @@ from .cast import to_cache_dtype
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 MAX_HEAD_DIM = 256
+MAX_GROUP = 512  # query heads per KV head: one row's heads stay in one work item
 
 
 def isas() -> list[str]:
@@ -36,6 +37,8 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
     reasons = [f"it runs on CPU tensors, got one on {t.device}" for t in tensors if t.device.type != "cpu"][:1]
     if tensors and tensors[0].shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {tensors[0].shape[-1]} is larger than {MAX_HEAD_DIM}")
+    if op == "tree_attention" and len(tensors) > 1 and tensors[0].shape[1] > MAX_GROUP * tensors[1].shape[2]:
+        reasons.append(f"more than {MAX_GROUP} query heads share a KV head")
     return reasons
 
 
