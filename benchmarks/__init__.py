@@ -1,0 +1,1 @@
+"""Speed of tts_kernels beside its peers, measured in one run: `make bench`."""
