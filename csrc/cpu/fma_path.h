@@ -1,8 +1,9 @@
 // Items in fp32 fused multiply-adds, for every dtype and every vector width.
 //
-// K and V of a block are widened to fp32 once, for all row tiles; a row tile is one or two vectors of packed rows in
-// lanes, queries transposed and scaled once per item:
-//   k, v   [heads][kBlock][kStride]   fp32, kStride a constant so that one pointer reaches every token
+// K and V of a block are widened to fp32 once, for all row tiles of a head; where there is one tile of at most VW rows,
+// V is widened in registers instead. A row tile is one or two vectors of packed rows in lanes, queries transposed and
+// scaled once per item:
+//   k, v   [kBlock][kStride]          fp32, of one head; kStride a constant so that one pointer reaches every token
 //   q      [lanes / tile][head_dim][tile]
 //   score  [kBlock][tile]             one K element, broadcast, meets a vector of rows
 //   o      [lanes][padded dim]        one probability, broadcast, meets a vector of V
@@ -130,6 +131,43 @@ void output_tile(const float* p, int lanes, int rows, const float* v, int count,
   if (d < dim) output_columns<1>(p, lanes, rows, v + d, count, fresh, rescale, o + d, o_stride);
 }
 
+// The same for a lone tile of kRows rows, one vector of lanes wide, straight from the V cache: at[t] + head is the
+// element index of token t.
+template <DType kKV, int kRows>
+TTS_INLINE void output_in_place(const float* p, const void* cache, const int64_t* at, int64_t head, int count,
+                                int columns, bool fresh, const float* rescale, float* o, int o_stride,
+                                Prefetcher* ahead) {
+  for (int d = 0; d < columns; d += VW) {
+    vf acc[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = fresh ? splat(0.0f) : load(o + r * o_stride + d) * splat(rescale[r]);
+    for (int t = 0; t < count; ++t) {
+      const vf v = load_as_float<kKV>(cache, at[t] + head + d);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) acc[r] += splat(p[t * VW + r]) * v;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) store(o + r * o_stride + d, acc[r]);
+    ahead->step(4);
+  }
+}
+
+template <DType kKV, int kRows>
+struct OutputInPlace {
+  static inline void run(int rows, const float* p, const void* cache, const int64_t* at, int64_t head, int count,
+                         int columns, bool fresh, const float* rescale, float* o, int o_stride, Prefetcher* ahead) {
+    if (rows == kRows)
+      return output_in_place<kKV, kRows>(p, cache, at, head, count, columns, fresh, rescale, o, o_stride, ahead);
+    OutputInPlace<kKV, kRows - 1>::run(rows, p, cache, at, head, count, columns, fresh, rescale, o, o_stride, ahead);
+  }
+};
+template <DType kKV>
+struct OutputInPlace<kKV, 0> {
+  static inline void run(int, const float*, const void*, const int64_t*, int64_t, int, int, bool, const float*, float*,
+                         int, Prefetcher*) {}
+};
+
+template <DType kKV>
 struct FmaBody {
   static constexpr int kBlock = kFmaBlock;
 
@@ -137,14 +175,22 @@ struct FmaBody {
   const WorkItem& item;
   const ItemLanes& lanes;
   Prefetcher ahead;
+  const bool lone;  // one tile of at most VW rows
   float *k, *v, *q, *score, *o, *rescale;
+  int64_t *k_at, *v_at;  // [kBlock] element index of each token loaded, without its head
+  int widened = -1;      // head of the block that is in k and v
 
   FmaBody(const TreeAttentionParams& p_, const WorkItem& item_, const ItemLanes& lanes_, Carver& c)
-      : p(p_), item(item_), lanes(lanes_), ahead(p_) {
+      : p(p_),
+        item(item_),
+        lanes(lanes_),
+        ahead(p_),
+        lone((item.row_end - item.row_begin) * p.group() <= VW && p.head_dim % VW == 0) {
     const int64_t dim = tts::padded_head_dim(p.head_dim);
-    const int heads = tts::max_item_heads(p.head_dim, p.num_kv_heads);
-    k = c.take<float>(heads * kBlock * kStride);
-    v = c.take<float>(heads * kBlock * kStride);
+    k = c.take<float>(kBlock * kStride);
+    v = c.take<float>(kBlock * kStride);
+    k_at = c.take<int64_t>(kBlock);
+    v_at = c.take<int64_t>(kBlock);
     q = c.take<float>(kScratchLanes * dim);
     o = c.take<float>(kScratchLanes * dim);
     score = c.take<float>(kBlock * kTileLanes);
@@ -167,46 +213,44 @@ struct FmaBody {
     }
   }
 
-  template <DType kKV>
-  void widen(const void* cache, Cursor from, int64_t head_stride, bool tokens_first, int count, float* to) {
-    const int heads = item.head_end - item.head_begin;
-    // In the order of memory: NHD token by token, HND head by head.
-    for (int outer = 0; outer < (tokens_first ? 1 : heads); ++outer) {
-      Cursor at = from;
-      for (int t = 0;;) {
-        const int begin = tokens_first ? 0 : outer, end = tokens_first ? heads : outer + 1;
-        for (int head = begin; head < end; ++head)
-          widen_row<kKV>(to + (head * kBlock + t) * kStride, cache,
-                         at.element() + (item.head_begin + head) * head_stride, p.head_dim);
-        if (++t == count) break;
-        at.next();
-      }
-    }
-  }
-
-  template <DType kKV>
-  void load_as(int begin, int end) {
-    widen<kKV>(p.k, k_cursor(p, item.node, begin), p.k_head, p.k_token >= p.k_head, end - begin, k);
-    widen<kKV>(p.v, v_cursor(p, item.node, begin), p.v_head, p.v_token >= p.v_head, end - begin, v);
-  }
-
   void load_block(int, int begin, int end) {
-    if (p.kv_dtype == DType::f32) load_as<DType::f32>(begin, end);
-    if (p.kv_dtype == DType::f16) load_as<DType::f16>(begin, end);
-    if (p.kv_dtype == DType::bf16) load_as<DType::bf16>(begin, end);
-    if (p.kv_dtype == DType::f8e4m3) load_as<DType::f8e4m3>(begin, end);
+    Cursor from_k = k_cursor(p, item.node, begin), from_v = v_cursor(p, item.node, begin);
+    for (int t = 0;;) {
+      k_at[t] = from_k.element();
+      v_at[t] = from_v.element();
+      if (begin + ++t == end) break;
+      from_k.next();
+      from_v.next();
+    }
+    widened = -1;
+  }
+
+  void widen(const TileTask& t) {
+    if (t.head == widened) return;
+    widened = t.head;
+    const int64_t k_head = (item.head_begin + t.head) * p.k_head, v_head = (item.head_begin + t.head) * p.v_head;
+    for (int i = 0; i < t.end - t.begin; ++i) {
+      widen_row<kKV>(k + i * kStride, p.k, k_at[i] + k_head, p.head_dim);
+      if (!lone) widen_row<kKV>(v + i * kStride, p.v, v_at[i] + v_head, p.head_dim);
+    }
   }
 
   template <int kVectors>
   void tile_of(const TileTask& t) {
-    const int dim = tts::padded_head_dim(p.head_dim), count = t.last - t.first;
-    const int64_t at = int64_t(t.head * kBlock + t.first - t.begin) * kStride;
+    const int dim = tts::padded_head_dim(p.head_dim), columns = round_up(p.head_dim, VW), count = t.last - t.first;
+    const int skipped = t.first - t.begin;
     const Sight sight = {lanes.first + t.first_row, lanes.last + t.first_row};
-    score_tile<kVectors>(k + at, q + int64_t(t.lane) * p.head_dim, p.head_dim, count, score, &ahead);
+    float* tile_o = o + int64_t(t.lane) * dim;
+    widen(t);
+    score_tile<kVectors>(k + skipped * kStride, q + int64_t(t.lane) * p.head_dim, p.head_dim, count, score, &ahead);
     softmax_tile<kVectors, 6>(score, count, t.first, t.masked, sight, 1.0f, p.softcap, lanes.m + t.lane,
                               lanes.l + t.lane, rescale, nullptr, 0, [] {});
-    output_tile(score, kVectors * VW, t.rows, v + at, count, round_up(p.head_dim, VW), t.fresh, rescale,
-                o + int64_t(t.lane) * dim, dim, &ahead);
+    if (lone)
+      OutputInPlace<kKV, VW>::run(t.rows, score, p.v, v_at + skipped, (item.head_begin + t.head) * p.v_head, count,
+                                  columns, t.fresh, rescale, tile_o, dim, &ahead);
+    else
+      output_tile(score, kVectors * VW, t.rows, v + skipped * kStride, count, columns, t.fresh, rescale, tile_o, dim,
+                  &ahead);
   }
 
   void tile(const TileTask& t) {
@@ -228,19 +272,28 @@ struct FmaBody {
   }
 };
 
-void run_fma(const TreeAttentionParams& p, const States& states, const WorkItem& item, const WorkItem* next,
-             void* scratch) {
+template <DType kKV>
+void run_fma_item(const TreeAttentionParams& p, const States& states, const WorkItem& item, const WorkItem* next,
+                  void* scratch) {
   Carver carver = {(char*)scratch};
   const ItemLanes lanes = take_lanes(carver);
-  FmaBody body(p, item, lanes, carver);
+  FmaBody<kKV> body(p, item, lanes, carver);
   run_item(body, p, states, item, next, lanes);
+}
+
+void run_fma(const TreeAttentionParams& p, const States& states, const WorkItem& item, const WorkItem* next,
+             void* scratch) {
+  if (p.kv_dtype == DType::f32) run_fma_item<DType::f32>(p, states, item, next, scratch);
+  if (p.kv_dtype == DType::f16) run_fma_item<DType::f16>(p, states, item, next, scratch);
+  if (p.kv_dtype == DType::bf16) run_fma_item<DType::bf16>(p, states, item, next, scratch);
+  if (p.kv_dtype == DType::f8e4m3) run_fma_item<DType::f8e4m3>(p, states, item, next, scratch);
 }
 
 int64_t fma_item_bytes(const TreeAttentionParams& p) {
   Carver carver = {nullptr};
   const WorkItem item = {};
   const ItemLanes lanes = take_lanes(carver);
-  const FmaBody body(p, item, lanes, carver);
+  const FmaBody<DType::f32> body(p, item, lanes, carver);
   return carver.used;
 }
 

@@ -85,22 +85,22 @@ TTS_INLINE void run_item(Body& body, const TreeAttentionParams& p, const States&
             p, *next, next->chunk_begin * tts::chunk_tokens(p.length(next->node)),
             min_(p.length(next->node), next->chunk_begin * tts::chunk_tokens(p.length(next->node)) + Body::kBlock));
       body.load_block(block, begin, end);
-      for (int row = 0; row < packed; row += kTileLanes) {
-        TileTask task;
-        task.first_row = row;
-        task.rows = min_(kTileLanes, packed - row);
-        const TileSight sight = tile_sight(sights, row, task.rows);
-        task.block = block, task.begin = begin, task.end = end;
-        task.first = max_(begin, sight.first), task.last = min_(end, sight.last);
-        if (task.first >= task.last) continue;
-        task.masked = task.first < sight.all_first || task.last > sight.all_last;
-        for (task.head = 0; task.head < heads; ++task.head) {
-          task.lane = task.head * head_lanes + row;
+      for (int head = 0; head < heads; ++head)
+        for (int row = 0; row < packed; row += kTileLanes) {
+          TileTask task;
+          task.head = head;
+          task.first_row = row;
+          task.lane = head * head_lanes + row;
+          task.rows = min_(kTileLanes, packed - row);
+          const TileSight sight = tile_sight(sights, row, task.rows);
+          task.block = block, task.begin = begin, task.end = end;
+          task.first = max_(begin, sight.first), task.last = min_(end, sight.last);
+          if (task.first >= task.last) continue;
+          task.masked = task.first < sight.all_first || task.last > sight.all_last;
           task.fresh = true;
           for (int i = task.lane; i < task.lane + task.rows; ++i) task.fresh &= lanes.l[i] == 0.0f;
           body.tile(task);
         }
-      }
       body.finish_block();
       body.ahead.step(Body::kBlock * heads);
     }
