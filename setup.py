@@ -33,14 +33,14 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
-AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
 
 # Files of csrc/cpu/isa that need more than the default flags: the flags, the macro that tells all files that the code
 # path is in the module, and statements on `float* x` that compile only where the compiler knows the instructions.
 ISA = {
     "avx2": (AVX2, "TTS_HAVE_AVX2", "__m256 a = _mm256_loadu_ps(x); _mm256_storeu_ps(x, _mm256_fmadd_ps(a, a, a));"),
     "avx512": (AVX512, "TTS_HAVE_AVX512", "__m512 a = _mm512_loadu_ps(x); _mm512_storeu_ps(x, _mm512_or_ps(a, a));"),
-    "amx": (AMX, "TTS_HAVE_AMX", "_tile_dpbf16ps(0, 1, 2); (void)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));"),
+    "amx": (AMX, "TTS_HAVE_AMX", "_tile_dpbf16ps(0, 1, 2); _mm512_storeu_ps(x, _mm512_setzero_ps());"),
 }
 
 TOOLCHAIN_PROBE = """

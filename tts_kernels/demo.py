@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="PATH", help="a local transformers model with its tokenizer (default: a small model of the "
         "Qwen2 architecture with seeded random weights)")  # fmt: skip
-    add("--prompt", metavar="FILE", type=Path, help="a text file (default: worked maths problems and a new one)")
+    add(
+        "--prompt",
+        metavar="FILE",
+        type=Path,
+        help="a text file to use as the prompt (default: the one that comes with the package)",
+    )
     add("--n", type=positive, default=32, help="samples (default %(default)s)")
     add("--max-new-tokens", type=positive, default=48, help="tokens of each sample (default %(default)s)")
     add("--seed", type=int, default=0, help="of the weights and of the sampling (default %(default)s)")

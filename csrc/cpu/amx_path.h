@@ -1,8 +1,8 @@
 // Items in AMX tiles: bf16 queries over bf16 or fp8 KV; any other dtype takes the FMA items at this vector width.
 //
 // Both products are computed transposed, so that rows stay in lanes and the softmax is the one of the FMA path:
-//   score [tokens][lanes] = K [tokens][dim] * Q^T   K rows are the A operand straight from the cache, Q^T is packed
-//   once o^T   [dim][lanes]   += V^T [dim][tokens] * P^T  V^T is transposed once per block, for all row tiles
+//   score [tokens][lanes] = K [tokens][dim] * Q^T     K rows are the A operand in the cache, Q^T is packed once
+//   o^T [dim][lanes] += V^T [dim][tokens] * P^T       V^T is transposed once per block, for all row tiles
 // Scratch of an item; a row tile is 16 or 32 packed rows wide, dim is head_dim padded to 32:
 //   q     [lanes / tile][dim / 32][tile / 16][16 pairs of d][16 rows]   bf16 pairs
 //   vt    [heads][dim][kAmxBlock]                bf16
@@ -311,7 +311,7 @@ struct AmxBody {
   }
 
   // K as A operands: in place if 16 tokens lie in one page and a row is a whole number of tile columns, else copied.
-  // Tokens outside [begin, end) give scores that nobody reads. While this block's V is transposed its K is asked for.
+  // Tokens outside [begin, end) give scores that nobody reads.
   void load_block(int block, int begin, int end) {
     const int heads = item.head_end - item.head_begin;
     for (int head = 0; head < heads; ++head) k_tiles[head].stride = k_in_place ? p.k_token * 2 : kCopyStride;

@@ -62,12 +62,13 @@ struct Entry {
 const Entry* entries(int* count) {
   static const char* kNoCompiler = "this build's compiler did not have it";
   static const char* kNoCpu = "this CPU does not have it";
+  static const char* kNoTiles = "this CPU does not have it, or the system refuses the tiles";
 #if defined(__x86_64__)
   static const bool avx2 = has_avx2(), avx512 = has_avx512(), amx = has_amx();
 #else
   static const bool avx2 = false, avx512 = false, amx = false;
 #endif
-  (void)kNoCpu, (void)kNoCompiler, (void)avx2, (void)avx512, (void)amx;
+  (void)kNoCpu, (void)kNoTiles, (void)kNoCompiler, (void)avx2, (void)avx512, (void)amx;
   static const Entry table[] = {
     {&kAmxEmulated, "amx-emulated", nullptr},
     {&kPortable, "portable", nullptr},
@@ -82,7 +83,7 @@ const Entry* entries(int* count) {
     {nullptr, "avx512", kNoCompiler},
 #endif
 #if defined(TTS_HAVE_AMX)
-    {&kAmx, "amx", amx ? nullptr : kNoCpu},
+    {&kAmx, "amx", amx ? nullptr : kNoTiles},
 #else
     {nullptr, "amx", kNoCompiler},
 #endif

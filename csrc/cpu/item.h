@@ -51,11 +51,11 @@ TTS_INLINE ItemLanes take_lanes(Carver& c) {
 }
 
 // What a code path brings along:
-//   kBlock, ahead                       tokens of a block; the prefetcher, which it steps while it computes
+//   kBlock, ahead                         tokens of a block; the prefetcher, which it steps while it computes
 //   pack(kv_head, first_row, rows, lane)  the queries of one tile
-//   load_block(block, begin, end)       tokens [begin, end) of the block that starts at `block`, for all heads of the
-//   item tile(task)                          scores, softmax, output collect(lane, rows, columns, o)     a tile's
-//   output as rows of padded_head_dim floats: at o, or (o null) where it says
+//   load_block(block, begin, end)         tokens [begin, end) of the block that starts at `block`, for all heads
+//   tile(task), finish_block()            scores, softmax and output of a tile, at the latest when the block is finished
+//   collect(lane, rows, columns, o)       a tile's output as rows of padded_head_dim floats: at o, or (o null) where it says
 template <typename Body>
 TTS_INLINE void run_item(Body& body, const TreeAttentionParams& p, const States& states, const WorkItem& item,
                          const WorkItem* next, const ItemLanes& lanes) {

@@ -13,8 +13,7 @@ struct Sight {
 };
 
 // scores [tokens][kVectors * VW], tokens from `token` of the node on -> probabilities relative to the running maximum.
-//   x = scores * factor (base 2 logits; factor > 0); m, l: running state; rescale: what the earlier output is worth
-//   now.
+//   x = scores * factor (base 2 logits; factor > 0); m, l: running state; rescale: what the earlier output is worth now.
 // Output: fp32 in place, or (pairs != null) bf16 pairs of tokens, pairs [kVectors][tokens / 2 rounded up][VW].
 // meanwhile(): called every 8 vectors, for work of another unit that may overlap.
 // The two sums are those of the even and of the odd tokens, whichever a tile begins with: their sum is the same.

@@ -65,8 +65,8 @@ TTS_INLINE vf exp2_(vf x) {
     y = y * f + splat(0.693147203f);
     y = y * f + splat(1.0f);
   }
-  vi n = (vi)t << 23;  // the integer sits in the low bits of t; the rest is shifted out
-  vf r = (vf)((vi)y + n);
+  vu n = (vu)t << 23;  // the integer sits in the low bits of t; the rest is shifted out
+  vf r = (vf)((vu)y + n);
   return (vf)((vi)r & ~(vi)(x < splat(-126.0f)));
 }
 
@@ -85,7 +85,7 @@ TTS_INLINE vf tanh_(vf x) {
   y = y * f + splat(2.4022651e-1f);
   y = y * f + splat(6.9314718e-1f);
   y = y * f;
-  vf two_n = (vf)(((vi)t << 23) + splat(int32_t(0x3f800000)));
+  vf two_n = (vf)(((vu)t << 23) + 0x3f800000u);
   vf e = two_n * y + (two_n - splat(1.0f));
   return e / (e + splat(2.0f));
 }

@@ -16,6 +16,7 @@ from tts_kernels.tree import plan as tree_plan
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def fail(argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
@@ -87,8 +88,8 @@ def check_out(out: Tensor, q: Tensor) -> None:
 def check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(name, "a number", type(value).__name__, TypeError)
-    if not math.isfinite(value):
-        fail(name, "a finite number", value)
+    if not abs(value) <= FLOAT32_MAX:  # nan too
+        fail(name, "a finite float32 number", value)
     return float(value)
 
 
@@ -97,7 +98,7 @@ def check_window(window: int) -> int:
         fail("window", "an int", type(window).__name__, TypeError)
     if window < -1:
         fail("window", "-1 (no window) or the number of earlier positions a row sees, at least 0", window)
-    return window
+    return min(window, 2**31 - 1)  # positions are int32
 
 
 def per_head(name: str, value: float | Tensor | None, count: int, device: torch.device) -> Tensor | None:
@@ -161,8 +162,8 @@ def check_no_nan(name: str, value: Tensor | None, check: bool) -> None:
     if value is None or not (check or value.device.type == "cpu"):
         return
     for head, number in enumerate(value.tolist()):
-        if number != number:
-            fail(name, "numbers", f"{number} at head {head}")
+        if number != number or number == math.inf:
+            fail(name, "numbers below infinity", f"{number} at head {head}")
 
 
 def check_pages(nodes: Tensor, pages: Tensor, page_size: int, num_pages: int) -> None:

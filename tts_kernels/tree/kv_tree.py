@@ -10,6 +10,8 @@ import torch
 from tts_kernels.tree.checks import as_int, check_int, check_options, fail, int_list
 from tts_kernels.tree.plan import TreePlan, build, int_tensor
 
+CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
 
 class OutOfPages(RuntimeError):
     """A KVTree has too few free pages for what was asked; nothing was changed."""
@@ -57,8 +59,8 @@ class KVTree:
         self.page_size = check_int("page_size", page_size, 1)
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, 1)
         self.head_dim = check_int("head_dim", head_dim, 1)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            fail("dtype", "a floating point torch.dtype", repr(dtype), TypeError)
+        if dtype not in CACHE_DTYPES:
+            fail("dtype", f"one of {', '.join(map(str, CACHE_DTYPES))}", repr(dtype), TypeError)
         shape = (self.num_pages, self.page_size, self.num_kv_heads, self.head_dim)
         with torch.inference_mode(False):  # else they could not be written outside of inference mode
             self.k_cache = [torch.empty(shape, dtype=dtype, device=device) for _ in range(self.num_layers)]
