@@ -32,6 +32,7 @@ def main() -> int:
         print("code paths of the cpu backend (TTS_KERNELS_CPU_ISA forces one)")
         for name, reason in module.isa_report().items():
             print_line(name, [reason] if reason else [])
+        print("                (amx-emulated is for tests: slow, never picked by itself)")
         print(f"  in use        {active_code_path(module)}")
     return 0
 
