@@ -1,8 +1,8 @@
 // Items in fp32 fused multiply-adds, for every dtype and every vector width.
 //
 // K and V of a block are widened to fp32 once, for all row tiles of a head; where there is one tile of at most VW rows,
-// V is widened in registers instead. A row tile is one or two vectors of packed rows in lanes, queries transposed and
-// scaled once per item:
+// V is only copied (rows of a cache lie a power of two apart and collide in the L1) and widened in registers. A row tile
+// is one or two vectors of packed rows in lanes, queries transposed and scaled once per item:
 //   k, v   [kBlock][kStride]          fp32, of one head; kStride a constant so that one pointer reaches every token
 //   q      [lanes / tile][head_dim][tile]
 //   score  [kBlock][tile]             one K element, broadcast, meets a vector of rows
@@ -131,20 +131,18 @@ void output_tile(const float* p, int lanes, int rows, const float* v, int count,
   if (d < dim) output_columns<1>(p, lanes, rows, v + d, count, fresh, rescale, o + d, o_stride);
 }
 
-// The same for a lone tile of kRows rows, one vector of lanes wide, straight from the V cache: at[t] + head is the
-// element index of token t.
+// The same for a lone tile of kRows rows, one vector of lanes wide, from V in the dtype of the cache: v [tokens][kStride].
 template <DType kKV, int kRows>
-TTS_INLINE void output_in_place(const float* p, const void* cache, const int64_t* at, int64_t head, int count,
-                                int columns, bool fresh, const float* rescale, float* o, int o_stride,
-                                Prefetcher* ahead) {
+TTS_INLINE void output_lone(const float* p, const void* v, int count, int columns, bool fresh, const float* rescale,
+                            float* o, int o_stride, Prefetcher* ahead) {
   for (int d = 0; d < columns; d += VW) {
     vf acc[kRows];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) acc[r] = fresh ? splat(0.0f) : load(o + r * o_stride + d) * splat(rescale[r]);
     for (int t = 0; t < count; ++t) {
-      const vf v = load_as_float<kKV>(cache, at[t] + head + d);
+      const vf vv = load_as_float<kKV>(v, t * kStride + d);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) acc[r] += splat(p[t * VW + r]) * v;
+      for (int r = 0; r < kRows; ++r) acc[r] += splat(p[t * VW + r]) * vv;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) store(o + r * o_stride + d, acc[r]);
@@ -153,18 +151,16 @@ TTS_INLINE void output_in_place(const float* p, const void* cache, const int64_t
 }
 
 template <DType kKV, int kRows>
-struct OutputInPlace {
-  static inline void run(int rows, const float* p, const void* cache, const int64_t* at, int64_t head, int count,
-                         int columns, bool fresh, const float* rescale, float* o, int o_stride, Prefetcher* ahead) {
-    if (rows == kRows)
-      return output_in_place<kKV, kRows>(p, cache, at, head, count, columns, fresh, rescale, o, o_stride, ahead);
-    OutputInPlace<kKV, kRows - 1>::run(rows, p, cache, at, head, count, columns, fresh, rescale, o, o_stride, ahead);
+struct OutputLone {
+  static inline void run(int rows, const float* p, const void* v, int count, int columns, bool fresh,
+                         const float* rescale, float* o, int o_stride, Prefetcher* ahead) {
+    if (rows == kRows) return output_lone<kKV, kRows>(p, v, count, columns, fresh, rescale, o, o_stride, ahead);
+    OutputLone<kKV, kRows - 1>::run(rows, p, v, count, columns, fresh, rescale, o, o_stride, ahead);
   }
 };
 template <DType kKV>
-struct OutputInPlace<kKV, 0> {
-  static inline void run(int, const float*, const void*, const int64_t*, int64_t, int, int, bool, const float*, float*,
-                         int, Prefetcher*) {}
+struct OutputLone<kKV, 0> {
+  static inline void run(int, const float*, const void*, int, int, bool, const float*, float*, int, Prefetcher*) {}
 };
 
 template <DType kKV>
@@ -228,10 +224,15 @@ struct FmaBody {
   void widen(const TileTask& t) {
     if (t.head == widened) return;
     widened = t.head;
+    const int64_t bytes = tts::dtype_bytes(kKV);
     const int64_t k_head = (item.head_begin + t.head) * p.k_head, v_head = (item.head_begin + t.head) * p.v_head;
     for (int i = 0; i < t.end - t.begin; ++i) {
       widen_row<kKV>(k + i * kStride, p.k, k_at[i] + k_head, p.head_dim);
-      if (!lone) widen_row<kKV>(v + i * kStride, p.v, v_at[i] + v_head, p.head_dim);
+      if (lone)
+        __builtin_memcpy((char*)v + i * kStride * bytes, (const char*)p.v + (v_at[i] + v_head) * bytes,
+                         p.head_dim * bytes);
+      else
+        widen_row<kKV>(v + i * kStride, p.v, v_at[i] + v_head, p.head_dim);
     }
   }
 
@@ -246,8 +247,8 @@ struct FmaBody {
     softmax_tile<kVectors, 6>(score, count, t.first, t.masked, sight, 1.0f, p.softcap, lanes.m + t.lane,
                               lanes.l + t.lane, rescale, nullptr, 0, [] {});
     if (lone)
-      OutputInPlace<kKV, VW>::run(t.rows, score, p.v, v_at + skipped, (item.head_begin + t.head) * p.v_head, count,
-                                  columns, t.fresh, rescale, tile_o, dim, &ahead);
+      OutputLone<kKV, VW>::run(t.rows, score, (const char*)v + skipped * kStride * tts::dtype_bytes(kKV), count,
+                               columns, t.fresh, rescale, tile_o, dim, &ahead);
     else
       output_tile(score, kVectors * VW, t.rows, v + skipped * kStride, count, columns, t.fresh, rescale, tile_o, dim,
                   &ahead);
