@@ -109,8 +109,7 @@ void run_tree_attention(const TreeAttentionParams& p, int threads) {
 #pragma omp critical(tts_failure)
       failure = std::current_exception();
     }
-#pragma omp barrier
-    if (!failure) {
+    if (scratch != nullptr) {
       path.enter();
       for (int i = next_item.fetch_add(1, std::memory_order_relaxed); i < num_items;) {
         const int then = next_item.fetch_add(1, std::memory_order_relaxed);
