@@ -412,6 +412,7 @@ struct AmxBody {
     advance(Stage());
   }
 
+  // Between the fences, vector code must touch no buffer that the tile products use: the compiler does not see these.
   // Every tile moves one stage on; `arriving` gets its scores.
   void advance(const Stage& arriving) {
     if (weighed.vectors) {

@@ -180,7 +180,8 @@ void finish_row(const TreeAttentionParams& p, const States& states, int row, voi
     if (!empty) {
       float top = m, total = l;
       if (p.sinks) {
-        const float sink = p.sinks[head] * kLog2e;
+        const float scaled = p.sinks[head] * kLog2e, largest = 3.4028235e38f;
+        const float sink = scaled > largest && p.sinks[head] <= largest ? largest : scaled;  // finite stays finite
         top = m > sink ? m : sink;
         total = l * __builtin_exp2f(m - top) + __builtin_exp2f(sink - top);
       }

@@ -58,7 +58,7 @@ void make_schedule(const TreeAttentionParams& p, int threads, Schedule* s) {
     const bool apart = threads > 1 && chunks > 1 && heads * cost / float(parts) > share;
     // Few items: let the heads go to different threads after all.
     const float cost_per_head = cost / float(parts) / float(apart ? chunks : 1);
-    if (threads > 1) heads = std::max(1, std::min(heads, int(share / cost_per_head)));
+    if (threads > 1) heads = std::max(1, int(std::min(float(heads), share / cost_per_head)));
     s->nodes[n] = {s->num_states, apart ? chunks : 1};
     s->num_states += int64_t(s->nodes[n].slots) * p.num_kv_heads * rows * group;
 

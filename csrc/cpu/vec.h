@@ -66,8 +66,9 @@ TTS_INLINE vf exp2_(vf x) {
     y = y * f + splat(1.0f);
   }
   vu n = (vu)t << 23;  // the integer sits in the low bits of t; the rest is shifted out
-  vf r = (vf)((vu)y + n);
-  return (vf)((vi)r & ~(vi)(x < splat(-126.0f)));
+  vu r = ((vu)y + n) & ~(vu)(x < splat(-126.0f));
+  if (kDegree == 6) r |= (vu)(x != x);  // scores of bf16 tiles hold no nan but the default one, which survives
+  return (vf)r;
 }
 
 // tanh without cancellation near 0: with e = exp(2x) - 1, tanh = e / (e + 2); e = 2**n * (2**f - 1) + (2**n - 1).

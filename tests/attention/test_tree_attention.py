@@ -126,3 +126,34 @@ def test_contexts(path, context):
 def test_fuzz(path, case):
     """Beyond pairs: any combination, on forests of any shape. Shrinks to the simplest values that fail."""
     cases.check(cases.make_inputs(case), path)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])
+def test_nan_keys_of_any_payload_show(path, bits):
+    inputs = cases.make_inputs(Case(), star(2, prefix=40, suffix=[3], page_size=16))
+    inputs.k[5] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    out, lse = cases.run(inputs, path)
+    assert out.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize("gap", [5, 8, -8, 100])  # x 32: scores far apart
+def test_scores_far_apart(path, gap):
+    q = torch.ones(1, 1, 32, dtype=BF16, device=path.device)
+    k = torch.zeros(2, 16, 1, 32, dtype=BF16, device=path.device)
+    k[0, 0] = gap
+    plan = TreePlan.from_nodes([-1], [20], [[0, 1]], [1], page_size=16, device=path.device)
+    out = attention.tree_attention(q, k, torch.ones_like(k), plan, scale=1.0, backend=path.backend)
+    assert torch.equal(out, torch.ones_like(out))
+
+
+def test_finite_sink_of_any_size(path):
+    inputs = cases.make_inputs(Case(sinks=True))
+    inputs.options["sinks"] = torch.full((8,), 3e38)
+    out, _ = cases.run(inputs, path)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("group", [128, 512])
+def test_the_largest_groups(path, group):
+    case = Case(heads=(group, 1), head_dim=32, dtypes=(BF16, BF16))
+    cases.check(cases.make_inputs(case, star(2, prefix=40, suffix=[3], page_size=16)), path)
