@@ -31,7 +31,7 @@ class Path:
         if self.device == "cuda":
             return None if torch.cuda.is_available() else "no CUDA device"
         if self.isa is None:
-            return None
+            return "; ".join(attention.unsupported_reasons("tree_attention", self.backend, torch.empty(0, 1, 16))) or None
         reasons = attention.unsupported_reasons("tree_attention", self.backend)
         if not reasons and self.isa not in importlib.import_module("tts_kernels.attention.cpu").isas():
             reasons = [f"this machine cannot run {self.isa}"]
@@ -41,7 +41,9 @@ class Path:
 ALL = (
     Path("reference"),
     *(Path("cpu", isa=isa) for isa in ISAS),
+    Path("triton"),
     Path("reference", device="cuda"),
+    Path("triton", device="cuda"),
 )
 
 

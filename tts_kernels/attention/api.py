@@ -20,7 +20,7 @@ from . import checks
 
 OPS = ("tree_attention", "decode_attention", "append_kv", "merge_states")
 # None: the name is taken, the backend does not exist yet.
-BACKENDS = {"reference": ".reference", "cpu": ".cpu", "triton": None, "cuda": None}
+BACKENDS = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": None}
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
@@ -92,9 +92,10 @@ def tree_attention(
     lse = torch.empty((num_rows, num_q_heads), dtype=torch.float32, device=q.device) if return_lse else None
     # Pages held in reserve may lie outside the cache, pages in use may not: where the plan's largest id does, look.
     check = check or plan.max_page >= k_cache.shape[0]
+    table, scratch, tile = work_of(plan, q, k_cache, backend)
     torch.ops.tts_kernels.tree_attention.default(
         out, lse, q, k_cache, v_cache, plan.nodes, plan.pages, plan.rows, plan.page_size, plan.causal,
-        scale, softcap, window, sinks, k_scale, v_scale, backend, check,
+        scale, softcap, window, sinks, k_scale, v_scale, table, scratch, tile, backend, check,
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -262,6 +263,20 @@ def pick(op: str, backend: str, *tensors: Tensor) -> ModuleType:
     raise RuntimeError(f"no backend can run {op} on {tensors[0].device}")
 
 
+def work_of(plan: TreePlan, q: Tensor, k_cache: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """The work list of a GPU backend for this geometry: made by the first call and kept with the plan."""
+    if backend in ("reference", "cpu") or (q.device.type == "cpu" and backend != "triton"):
+        return None, None, []
+    key = (q.shape[1], k_cache.shape[2], q.shape[2], q.dtype, k_cache.dtype)
+    work = plan.works.get(key)
+    if work is None:
+        # A compiled function does not make it: the op does for itself, or is traced again once there is one.
+        if torch.compiler.is_compiling() or unsupported_reasons("tree_attention", "triton", q, k_cache):
+            return None, None, []
+        work = plan.works[key] = load("triton").prepare(plan, q, k_cache)
+    return work.table, work.scratch, work.tile
+
+
 # The registered ops. What reads tensor values (checks, the choice of a backend) happens in here, where torch.compile
 # does not look.
 
@@ -270,7 +285,7 @@ _library = torch.library.Library("tts_kernels", "FRAGMENT")
 
 def _tree_attention(
     out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
-    scale, softcap, window, sinks, k_scale, v_scale, backend, check,
+    scale, softcap, window, sinks, k_scale, v_scale, table, scratch, tile, backend, check,
 ):  # fmt: skip
     checks.check_no_nan("sinks", sinks, check)
     checks.check_no_nan("k_scale", k_scale, check)
@@ -283,7 +298,7 @@ def _tree_attention(
     if q.shape[0]:
         module.tree_attention(
             out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
-            scale, softcap, window, sinks, k_scale, v_scale,
+            scale, softcap, window, sinks, k_scale, v_scale, (table, scratch, tile),
         )  # fmt: skip
 
 
@@ -313,7 +328,8 @@ def _register(schema: str, implementation, fake) -> None:
 _register(
     "tree_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, "
     "Tensor nodes, Tensor pages, Tensor rows, int page_size, bool causal, float scale, float softcap, int window, "
-    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, str backend, bool check) -> ()",
+    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? table, Tensor(c!)? scratch, int[] tile, "
+    "str backend, bool check) -> ()",
     _tree_attention,
     lambda *arguments: None,
 )

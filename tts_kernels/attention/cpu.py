@@ -44,7 +44,7 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
 
 def tree_attention(
     out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
-    scale, softcap, window, sinks, k_scale, v_scale,
+    scale, softcap, window, sinks, k_scale, v_scale, work=None,
 ):  # fmt: skip
     num_rows, num_heads, head_dim = q.shape
     _C.cpu_tree_attention(

@@ -36,6 +36,7 @@ def tree_attention(
     sinks: Tensor | None,  # [Hq]
     k_scale: Tensor | None,  # [Hkv]
     v_scale: Tensor | None,
+    work: tuple | None = None,  # for GPU backends
 ) -> None:
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]

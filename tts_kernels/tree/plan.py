@@ -6,7 +6,7 @@ import operator
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, compress
 
 import torch
@@ -14,7 +14,6 @@ import torch
 from tts_kernels.tree.checks import (
     INT32_MAX,
     check_integers,
-    check_lens,
     check_nodes,
     check_options,
     check_page_ids,
@@ -22,7 +21,7 @@ from tts_kernels.tree.checks import (
     int_list,
     page_lists,
 )
-from tts_kernels.tree.prefix import TableBytes, shared_runs
+from tts_kernels.tree.prefix import DeviceTable, HostTable, shared_runs
 
 try:
     from tts_kernels import _C as native
@@ -72,6 +71,9 @@ class TreePlan:
     capacity: int  # tokens that every growing node can still take; 0 where none grows
     depth: int  # nodes on the longest path from a root
     max_page: int  # largest page id, -1 where there is none
+    host: tuple[torch.Tensor, torch.Tensor] = field(repr=False)  # nodes and grows as built; on the CPU those themselves
+    advanced: int = 0  # tokens that advance_ has added to each growing node
+    works: dict = field(default_factory=dict, repr=False)  # what GPU backends have prepared, by geometry
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +92,16 @@ class TreePlan:
             fail("n", f"0 <= n <= capacity = {self.capacity}", n)
         self.nodes[LENGTH].add_(self.grows, alpha=n)
         self.capacity -= n
+        self.advanced += n
         self.num_tokens += n * self.num_growing
         return self
+
+    def host_tables(self) -> tuple[list[list[int]], list[int], int]:
+        """`nodes` and `grows` as lists, without asking the device, and the tokens by which growing nodes may become
+        longer, or have become on a device, than that `nodes` says."""
+        nodes, grows = self.host
+        spare = self.capacity if self.device.type == "cpu" else self.capacity + self.advanced
+        return nodes.tolist(), grows.tolist(), spare
 
     @classmethod
     def from_nodes(
@@ -172,18 +182,23 @@ class TreePlan:
         reserve      tokens by which each sequence can grow with `advance_`
 
         Whole pages before a sequence's rows can be shared; the rows always own a private leaf. Rows of q lie in batch
-        order. The plan is on the device of `block_table`. The sharing is found on the host: tensors on another device
-        are copied there, which waits for that device.
-        Raises TypeError for what is not of these types and ValueError for a wrong value.
+        order. The plan is on the device of `block_table`; the lengths may be on another.
+
+        A table on the CPU is compared on the CPU. A table on another device is compared there by Triton kernels and is
+        not copied to the host, but one copy of 6 * B integers waits for that device: build a plan once for many calls.
+        Its `pages` are then a copy of the whole table on that device, in which nodes find theirs by PAGE_BEGIN.
+        Raises TypeError for what is not of these types, ValueError for a wrong value, RuntimeError where the table is
+        not on the CPU and triton cannot be imported.
         """
         check_options(page_size, causal)
         check_integers("block_table", block_table, "[B, max_pages]")
-        seq_lens, q_lens = check_lens(seq_lens, q_lens, reserve, *block_table.shape, page_size)
-        table = TableBytes(block_table.detach().cpu())
-        shareable = [max(0, s - q) // page_size for s, q in zip(seq_lens, q_lens)]
+        table = (HostTable if block_table.device.type == "cpu" else DeviceTable)(
+            block_table, seq_lens, q_lens, page_size=page_size, reserve=reserve
+        )
+        seq_lens, q_lens = table.seq_lens, table.q_lens
         first_row = list(accumulate(q_lens, initial=0))
         length, rows, source, pages = [], [], [], []
-        nodes = shared_runs(table, shareable)
+        nodes = shared_runs(table.order, table.common)
         for run in nodes:
             end = run.end
             tokens = (end - run.begin) * page_size
@@ -196,12 +211,12 @@ class TreePlan:
             rows.append(count)
             source.append(first_row[run.member])
             pages.append((run.member, run.begin, end))
-        page_ids, max_page = table.pages(pages)
+        page_ids, page_begin, max_page = table.pages(pages)
         page_count = [end - begin for _, begin, end in pages]
         room = [c * page_size - t for c, t in zip(page_count, length)]
         return build(
             [run.parent for run in nodes], length, room, rows, source, page_count, page_ids, max_page,
-            page_size=page_size, causal=causal, device=block_table.device,
+            page_begin=page_begin, page_size=page_size, causal=causal, device=block_table.device,
         )  # fmt: skip
 
 
@@ -216,6 +231,7 @@ def build(
     max_page: int,
     still: Sequence[int] = (),
     *,
+    page_begin: list[int] | None = None,
     page_size: int,
     causal: bool,
     device: torch.device | str,
@@ -224,7 +240,7 @@ def build(
 
     room       [num_nodes] tokens that the pages of each node can still take
     first_row  [num_nodes] where the rows of each node begin in q
-    pages      [sum(page_count)] int32 on the CPU, page ids node by node in the order given
+    pages      int32, page ids: node by node in the order given, or each node's from its `page_begin` on
     still      nodes that do not grow though they have rows and, here, no children
     """
     num_nodes = len(parent)
@@ -238,7 +254,7 @@ def build(
     capacity = min(compress(room, grows), default=0)
 
     pick = operator.itemgetter(*order) if num_nodes > 1 else tuple  # from the order given to depth-first order
-    page_begin = pick(list(accumulate(page_count, initial=0))[:num_nodes])
+    page_begin = pick(page_begin or list(accumulate(page_count, initial=0))[:num_nodes])
     rows, first_row = pick(rows), pick(first_row[:num_nodes])
     row_begin = list(accumulate(rows, initial=0))
     rows_end = row_begin[1:]
@@ -288,7 +304,8 @@ def from_tables(
         table = (
             torch.frombuffer(tables, dtype=torch.int32) if tables else torch.empty(0, dtype=torch.int32, device="cpu")
         )
-        parts = table.to(device).split_with_sizes([7 * num_nodes, 2 * num_rows, num_nodes, num_pages])
+        sizes = [7 * num_nodes, 2 * num_rows, num_nodes, num_pages]
+        parts, host = table.to(device).split_with_sizes(sizes), table.split_with_sizes(sizes)
         return TreePlan(
             nodes=parts[0].view(7, num_nodes),
             pages=parts[3] if pages is None else pages.to(device),
@@ -303,6 +320,7 @@ def from_tables(
             capacity=capacity,
             depth=depth,
             max_page=max_page,
+            host=(host[0].view(7, num_nodes), host[2]),
         )
 
 

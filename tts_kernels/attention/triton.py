@@ -1,0 +1,180 @@
+"""The triton backend: NVIDIA and AMD GPUs; CPU tensors where TRITON_INTERPRET=1 was set before the import.
+
+A call of tree_attention is two launches, merge_states and append_kv are one. Nothing synchronises, and nothing is
+allocated but results: the work list and the partial states belong to the plan (work.py), and are made by the first call
+with a geometry. Under the interpreter, whose bfloat16 arithmetic is wrong, bfloat16 is widened to fp32 where it is
+loaded; on a GPU it goes into the products as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tts_kernels.configs import TreeConfig, block_dim, tree_config
+from tts_kernels.tree.plan import TreePlan
+
+from . import triton_states, triton_tree
+from .work import Work, make_work, work_of_nodes
+
+INTERPRETED = not isinstance(triton_tree.tree_tiles, triton.JITFunction)
+FP8 = torch.float8_e4m3fn
+DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+MAX_HEAD_DIM = 256
+MERGE_STATES = 16  # states that a merging program holds at a time
+
+
+def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
+    reasons = []
+    device = tensors[0].device.type if tensors else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and not INTERPRETED:
+        reasons.append("it runs on CPU tensors only if TRITON_INTERPRET=1 is set before the backend is first used")
+    elif device not in ("cpu", "cuda"):
+        reasons.append(f"it runs on CUDA and ROCm tensors, got one on {tensors[0].device}")
+    elif device == "cuda" and INTERPRETED:
+        reasons.append("TRITON_INTERPRET=1 is set, which runs Triton kernels on CPU tensors")
+    if op == "tree_attention" and tensors and tensors[0].shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {tensors[0].shape[-1]} is larger than {MAX_HEAD_DIM}")
+    return reasons
+
+
+def prepare(plan: TreePlan, q: Tensor, k_cache: Tensor) -> Work:
+    """The work list of the plan for this geometry."""
+    num_q_heads, head_dim = q.shape[1:]
+    num_kv_heads = k_cache.shape[2]
+    return make_work(plan, num_q_heads, num_kv_heads, head_dim, config_of(q, k_cache))
+
+
+def config_of(q: Tensor, k_cache: Tensor) -> TreeConfig:
+    name, arch = device_kind(q.device)
+    return tree_config(name, arch, q.shape[2], k_cache.shape[2], q.element_size(), k_cache.element_size())
+
+
+@functools.cache
+def device_kind(device: torch.device) -> tuple[str, str]:
+    """(name, architecture)"""
+    if INTERPRETED:
+        return "interpreter", "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    arch = getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm_{properties.major}{properties.minor}"
+    return properties.name, arch
+
+
+def tree_attention(
+    out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
+    scale, softcap, window, sinks, k_scale, v_scale, work,
+):  # fmt: skip
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, num_nodes = k_cache.shape[2], nodes.shape[1]
+    group = num_q_heads // num_kv_heads
+    table, scratch, tile = work if work[0] is not None else work_without_plan(nodes, num_rows, q, k_cache)
+    config = TreeConfig(*tile)
+    num_items = (table.numel() - num_nodes - num_rows) // 4
+    num_states = scratch.numel() // (num_q_heads * (head_dim + 2))
+    items, path_chunks, first_state = table.split_with_sizes([4 * num_items, num_nodes, num_rows])
+    states, sums = scratch.split_with_sizes([num_states * num_q_heads * head_dim, num_states * num_q_heads * 2])
+    fp8_bits = needs_fp8_bits(k_cache)
+    if fp8_bits:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    dim = block_dim(head_dim)
+    with on(q.device):
+        if num_items:
+            triton_tree.tree_tiles[(num_items * num_kv_heads,)](
+                q, q.stride(0), q.stride(1), k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], k_scale,
+                nodes, num_nodes, pages, rows, num_rows, items, path_chunks, first_state, states, sums,
+                float(scale), float(softcap), window,
+                GROUP=group, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_DIM=dim, PAGE_SIZE=page_size,
+                CAUSAL=causal, WINDOW=window >= 0, SOFTCAP=softcap > 0, FP8_BITS=fp8_bits, DOT=dot_type(q.dtype),
+                WIDE_ROWS=config.wide_rows, WIDE_TOKENS=config.wide_tokens,
+                NARROW_ROWS=config.narrow_rows, NARROW_TOKENS=config.narrow_tokens,
+                MIN_CHUNK=config.min_chunk, MAX_CHUNKS=config.max_chunks,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+        with rounded(out) as result:
+            triton_tree.merge_tree[(num_rows * num_q_heads,)](
+                result, result.stride(0), result.stride(1), lse, nodes, num_nodes, rows, num_rows,
+                path_chunks, first_state, states, sums, sinks, v_scale,
+                NUM_Q_HEADS=num_q_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=dim, BLOCK_STATES=MERGE_STATES,
+                MIN_CHUNK=config.min_chunk, MAX_CHUNKS=config.max_chunks, num_warps=4,
+            )  # fmt: skip
+
+
+def work_without_plan(nodes: Tensor, num_rows: int, q: Tensor, k_cache: Tensor) -> tuple:
+    """For a call that came without the plan's work list: a compiled function that was traced before the plan had one.
+    Reads the nodes back from the device."""
+    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "plan: expected one that has been used once with these shapes before a CUDA graph is captured (the first "
+            "call makes its work list), got one that has not"
+        )
+    work = work_of_nodes(
+        nodes.tolist(), [0] * nodes.shape[1], 0, num_rows, q.shape[1], k_cache.shape[2], q.shape[2],
+        config_of(q, k_cache), q.device,
+    )  # fmt: skip
+    return work.table, work.scratch, work.tile
+
+
+def append_kv(k, v, k_cache, v_cache, slots):
+    num_rows, num_kv_heads, head_dim = k.shape
+    to_fp8 = k_cache.dtype == FP8 and k.dtype != FP8
+    k_cache, v_cache = as_integers(k_cache), as_integers(v_cache)
+    if not to_fp8:
+        k, v = as_integers(k), as_integers(v)
+    with on(k.device):
+        triton_states.append_kv[(num_rows,)](
+            k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
+            k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], slots,
+            NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], TO_FP8=to_fp8,
+            BLOCK_HEADS=triton.next_power_of_2(num_kv_heads), BLOCK_DIM=triton.next_power_of_2(head_dim), num_warps=4,
+        )  # fmt: skip
+
+
+def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    num_states, num_rows, num_heads, head_dim = out.shape
+    merged_out = out.new_empty(num_rows, num_heads, head_dim)
+    merged_lse = lse.new_empty(num_rows, num_heads)
+    if merged_lse.numel():
+        with on(out.device), rounded(merged_out) as result:
+            triton_states.merge_states[(num_rows * num_heads,)](
+                out, *out.stride()[:3], lse, *lse.stride(), result, merged_lse, num_states, num_heads,
+                HEAD_DIM=head_dim, BLOCK_STATES=min(triton.next_power_of_2(num_states), MERGE_STATES),
+                BLOCK_DIM=triton.next_power_of_2(head_dim), num_warps=4,
+            )  # fmt: skip
+    return merged_out, merged_lse
+
+
+def as_integers(x: Tensor) -> Tensor:
+    return x.view(INTEGERS[x.element_size()])
+
+
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else DOT_TYPES[dtype]
+
+
+def needs_fp8_bits(cache: Tensor) -> bool:
+    """Whether e4m3 has to be widened by integer arithmetic: under the interpreter, on NVIDIA before sm_89 and on AMD."""
+    if cache.dtype != FP8:
+        return False
+    return INTERPRETED or bool(torch.version.hip) or torch.cuda.get_device_capability(cache.device) < (8, 9)
+
+
+def on(device: torch.device):
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def rounded(out: Tensor):
+    """Where a kernel writes `out`; under the interpreter bfloat16 by way of fp32, since it rounds wrongly."""
+    if INTERPRETED and out.dtype == torch.bfloat16:
+        wide = torch.empty(out.shape, dtype=torch.float32)
+        yield wide
+        out.copy_(wide)
+    else:
+        yield out

@@ -1,0 +1,117 @@
+"""Frozen configs of the Triton kernels: looked up by op, device and geometry, else made by a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """Of the tile kernel of tree attention. A tile is rows x tokens: the packed rows (row, query head of the group) that
+    a program holds and the tokens of a block of its loop."""
+
+    wide_rows: int  # nodes with more than narrow_rows packed rows
+    wide_tokens: int
+    narrow_rows: int  # the others: leaves in decode. 0: every tile is wide
+    narrow_tokens: int
+    min_chunk: int  # tokens; chunks of a node are multiples of it
+    max_chunks: int  # of a node
+    num_warps: int
+    num_stages: int
+    source: str = dataclasses.field(default="rule", compare=False)  # where the values are from
+
+    def __post_init__(self) -> None:
+        for name in ("wide_rows", "wide_tokens", "narrow_tokens", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two, got {value}")
+        if self.narrow_rows < 0 or self.narrow_rows & (self.narrow_rows - 1):
+            raise ValueError(f"narrow_rows: expected 0 or a power of two, got {self.narrow_rows}")
+        if self.min_chunk < 1 or self.min_chunk % max(self.wide_tokens, self.narrow_tokens):
+            raise ValueError(f"min_chunk: expected a multiple of wide_tokens and narrow_tokens, got {self.min_chunk}")
+        if self.max_chunks < 1 or self.num_stages < 1:
+            raise ValueError("max_chunks, num_stages: expected at least 1")
+
+    def invariant(self) -> TreeConfig:
+        """One tile shape for all nodes, so that the number of siblings picks no other instruction."""
+        return dataclasses.replace(self, narrow_rows=0, source=self.source + ", batch-invariant")
+
+
+def block_dim(head_dim: int) -> int:
+    """Elements of a head in a tile: the next power of two, at least what a tensor core takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def batch_invariant() -> bool:
+    """TTS_KERNELS_BATCH_INVARIANT=1: on GPUs too, a row's result does not depend, bit for bit, on its siblings."""
+    value = os.environ.get("TTS_KERNELS_BATCH_INVARIANT", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"TTS_KERNELS_BATCH_INVARIANT: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def tree_config(
+    device_name: str, arch: str, head_dim: int, num_kv_heads: int, q_bytes: int, kv_bytes: int
+) -> TreeConfig:
+    """The config of a geometry: the entry of tree_attention.json for the device, else for its architecture, else `rule`.
+
+    device_name        as torch.cuda.get_device_name() gives it, e.g. "NVIDIA H200"
+    arch               "sm_90", "gfx942", ...; "interpreter"
+    q_bytes, kv_bytes  size of an element of q and of the caches
+    """
+    key = {"block_dim": block_dim(head_dim), "q_bytes": q_bytes, "kv_bytes": kv_bytes}
+    values = dict(INTERPRETER) if arch == "interpreter" else rule(**key)
+    for name in (arch, device_name):
+        for entry in shipped("tree_attention"):
+            if entry["for"] == name and all(entry[k] == v for k, v in key.items()):
+                values |= entry["config"] | {"source": f"tree_attention.json, {name}"}
+    # As many programs for the longest node as a large GPU runs at a time; fewer states to merge where heads fill it.
+    values.setdefault("max_chunks", min(max(256 // num_kv_heads, 16), 128))
+    config = TreeConfig(**values)
+    return config.invariant() if batch_invariant() else config
+
+
+def rule(block_dim: int, q_bytes: int, kv_bytes: int) -> dict:
+    """Where no entry is shipped: what fits any GPU since sm_80 with 99 KiB of shared memory per block.
+
+    Half precision: 64 rows, the least that Hopper's warpgroup products take, and 16, the least of any tensor core; blocks
+    of 64 tokens as long as two stages of K and V fit beside q, else 32. fp32 products run without tensor cores, so
+    tiles are what registers hold. Chunks of 256 tokens at least: below that a state is written for little KV read.
+    """
+    if q_bytes == 4:
+        rows, tokens = 16, 32
+    else:
+        rows, tokens = 64, 64 if block_dim <= 128 else 32
+    return {
+        "wide_rows": rows,
+        "wide_tokens": tokens,
+        "narrow_rows": 16,
+        "narrow_tokens": tokens,
+        "min_chunk": 256,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+# Small tiles and chunks, so that small tests cross their borders.
+INTERPRETER = {
+    "wide_rows": 32,
+    "wide_tokens": 64,
+    "narrow_rows": 16,
+    "narrow_tokens": 32,
+    "min_chunk": 128,
+    "max_chunks": 8,
+    "num_warps": 4,
+    "num_stages": 1,
+    "source": "interpreter",
+}
+
+
+@functools.cache
+def shipped(op: str) -> list[dict]:
+    return json.loads((resources.files(__package__) / f"{op}.json").read_text())
