@@ -22,6 +22,11 @@ class Path:
     def __str__(self) -> str:
         return f"{self.backend}-{self.isa or self.device}"
 
+    @property
+    def interpreted(self) -> bool:
+        """Slow: a tenth of a millisecond for each operation on a block."""
+        return self.backend == "triton" and self.device == "cpu"
+
     def select(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if self.isa is not None:
             monkeypatch.setenv("TTS_KERNELS_CPU_ISA", self.isa)
@@ -31,7 +36,8 @@ class Path:
         if self.device == "cuda":
             return None if torch.cuda.is_available() else "no CUDA device"
         if self.isa is None:
-            return "; ".join(attention.unsupported_reasons("tree_attention", self.backend, torch.empty(0, 1, 16))) or None
+            q = torch.empty(0, 1, 16)
+            return "; ".join(attention.unsupported_reasons("tree_attention", self.backend, q)) or None
         reasons = attention.unsupported_reasons("tree_attention", self.backend)
         if not reasons and self.isa not in importlib.import_module("tts_kernels.attention.cpu").isas():
             reasons = [f"this machine cannot run {self.isa}"]

@@ -57,7 +57,7 @@ def test_fp8_rounding(path, dtype):
 
 def test_many_rows(path):
     """More than one thread's share."""
-    rows = 3000
+    rows = 300 if path.interpreted else 3000
     k, v = torch.randn(2, rows, 4, 64, generator=torch.Generator().manual_seed(0)).to(BF16).to(path.device)
     k_cache, v_cache = empty_caches(rows // 16 + 1, 16, 4, 64, BF16, "NHD", path.device)
     slots = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(path.device)

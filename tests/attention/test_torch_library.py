@@ -10,6 +10,7 @@ from attention_cases import BF16, FP8, Case
 from forests import star
 
 from tts_kernels.attention import append_kv, decode_attention, merge_states, tree_attention
+from tts_kernels.attention.api import work_of
 
 OP = torch.ops.tts_kernels
 
@@ -34,12 +35,15 @@ def test_opcheck_tree_attention(path, inputs):
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2], device=path.device)
     sinks, scales = torch.ones(4, device=path.device), torch.ones(2, device=path.device)
     caches = inputs.caches(path.device)
+    work = work_of(plan, q, caches[0], path.backend)
+    if work[1] is not None:
+        work[1].zero_()
     for maybe_lse, sink, scale in ((lse, None, None), (None, sinks, scales)):
         torch.library.opcheck(
             OP.tree_attention.default,
             (out, maybe_lse, q, *caches, plan.nodes, plan.pages, plan.rows, plan.page_size, plan.causal)
-            # scale, softcap, window, sinks, k_scale, v_scale, backend, check
-            + (0.5, 0.0, -1, sink, scale, scale, path.backend, True),
+            # scale, softcap, window, sinks, k_scale, v_scale, table, scratch, tile, backend, check
+            + (0.5, 0.0, -1, sink, scale, scale, *work, path.backend, True),
         )
 
 

@@ -127,8 +127,8 @@ def decode_attention(
         block_table: int32 [B, max_pages]; only the entries that seq_lens covers are read.
         seq_lens: int32 [B], tokens of each sequence, the row's own included; 0 is padding (out = 0, lse = -inf).
         plan: a ready TreePlan.from_block_table(...), built once and used for every layer and, with advance_, for every
-            step. block_table and seq_lens are then not read and may be None. Without it the plan is built here, on the
-            host, in every call: fine for a trial, slow in a loop, and a graph break under torch.compile.
+            step. block_table and seq_lens are then not read and may be None. Without it the plan is built here in every
+            call, which waits for the device: fine for a trial, slow in a loop, and a graph break under torch.compile.
 
     The other arguments, the result and the errors are those of `tree_attention`.
     """

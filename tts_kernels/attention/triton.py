@@ -27,7 +27,7 @@ FP8 = torch.float8_e4m3fn
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 MAX_HEAD_DIM = 256
-MERGE_STATES = 16  # states that a merging program holds at a time
+MERGE_STATES = 4 if INTERPRETED else 16  # states that a merging program holds at a time
 
 
 def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
@@ -83,6 +83,7 @@ def tree_attention(
     if fp8_bits:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     dim = block_dim(head_dim)
+    heads = merge_heads(num_q_heads)
     with on(q.device):
         if num_items:
             triton_tree.tree_tiles[(num_items * num_kv_heads,)](
@@ -97,10 +98,11 @@ def tree_attention(
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
         with rounded(out) as result:
-            triton_tree.merge_tree[(num_rows * num_q_heads,)](
+            triton_tree.merge_tree[(num_rows, triton.cdiv(num_q_heads, heads))](
                 result, result.stride(0), result.stride(1), lse, nodes, num_nodes, rows, num_rows,
                 path_chunks, first_state, states, sums, sinks, v_scale,
-                NUM_Q_HEADS=num_q_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=dim, BLOCK_STATES=MERGE_STATES,
+                NUM_Q_HEADS=num_q_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=dim,
+                BLOCK_HEADS=heads, BLOCK_STATES=MERGE_STATES,
                 MIN_CHUNK=config.min_chunk, MAX_CHUNKS=config.max_chunks, num_warps=4,
             )  # fmt: skip
 
@@ -141,12 +143,19 @@ def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     merged_lse = lse.new_empty(num_rows, num_heads)
     if merged_lse.numel():
         with on(out.device), rounded(merged_out) as result:
-            triton_states.merge_states[(num_rows * num_heads,)](
-                out, *out.stride()[:3], lse, *lse.stride(), result, merged_lse, num_states, num_heads,
-                HEAD_DIM=head_dim, BLOCK_STATES=min(triton.next_power_of_2(num_states), MERGE_STATES),
-                BLOCK_DIM=triton.next_power_of_2(head_dim), num_warps=4,
+            pairs = 64 if INTERPRETED else 4
+            triton_states.merge_states[(triton.cdiv(num_rows * num_heads, pairs),)](
+                out, *out.stride()[:3], lse, *lse.stride(), result, merged_lse,
+                num_states, num_heads, num_rows * num_heads,
+                HEAD_DIM=head_dim, BLOCK_PAIRS=pairs, BLOCK_DIM=triton.next_power_of_2(head_dim), num_warps=4,
             )  # fmt: skip
     return merged_out, merged_lse
+
+
+def merge_heads(num_q_heads: int) -> int:
+    """Query heads of a merging program: on a GPU one, since rows and heads are many; the interpreter runs programs one
+    after the other."""
+    return triton.next_power_of_2(num_q_heads) if INTERPRETED else 1
 
 
 def as_integers(x: Tensor) -> Tensor:
@@ -158,7 +167,7 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def needs_fp8_bits(cache: Tensor) -> bool:
-    """Whether e4m3 has to be widened by integer arithmetic: under the interpreter, on NVIDIA before sm_89 and on AMD."""
+    """Whether e4m3 is widened by integer arithmetic: under the interpreter, on NVIDIA before sm_89 and on AMD."""
     if cache.dtype != FP8:
         return False
     return INTERPRETED or bool(torch.version.hip) or torch.cuda.get_device_capability(cache.device) < (8, 9)

@@ -104,40 +104,44 @@ def merge_states(
     merged_lse,  # [R, H] fp32, dense, written
     num_states,
     num_heads,
+    num_pairs,  # R * H
     HEAD_DIM: tl.constexpr,
-    BLOCK_STATES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """A program owns a row and a head. The largest lse first, then the weighted sum: a state whose weight is 0 counts
-    for nothing, whatever its `out` holds."""
-    row = (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
+    """A program owns BLOCK_PAIRS pairs of a row and a head. The largest lse first, then the weighted sum: a state whose
+    weight is 0 counts for nothing, whatever its `out` holds."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    inside = pair < num_pairs
+    row = pair // num_heads
+    head = pair % num_heads
     dim = tl.arange(0, BLOCK_DIM)
-    out += row * out_row + head * out_head
+    out += row[:, None] * out_row + head[:, None] * out_head + dim[None, :]
     lse += row * lse_row + head * lse_head
 
-    largest = tl.full([], float("-inf"), tl.float32)
-    for i in range(0, num_states, BLOCK_STATES):
-        state = (i + tl.arange(0, BLOCK_STATES)).to(tl.int64)
-        x = tl.load(lse + state * lse_state, mask=state < num_states, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(x, 0))
+    largest = tl.full([BLOCK_PAIRS], float("-inf"), tl.float32)
+    for state in range(num_states):
+        x = tl.load(lse + tl.cast(state, tl.int64) * lse_state, mask=inside, other=float("-inf"))
+        largest = tl.maximum(largest, x)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
 
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BLOCK_DIM], tl.float32)
-    for i in range(0, num_states, BLOCK_STATES):
-        state = (i + tl.arange(0, BLOCK_STATES)).to(tl.int64)
-        inside = state < num_states
-        x = tl.load(lse + state * lse_state, mask=inside, other=float("-inf"))
+    total = tl.zeros([BLOCK_PAIRS], tl.float32)
+    acc = tl.zeros([BLOCK_PAIRS, BLOCK_DIM], tl.float32)
+    for state in range(num_states):
+        x = tl.load(lse + tl.cast(state, tl.int64) * lse_state, mask=inside, other=float("-inf"))
         weight = tl.exp2((x - largest) * LOG2E)
         block = tl.load(
-            out + state[:, None] * out_state + dim[None, :],
+            out + tl.cast(state, tl.int64) * out_state,
             mask=(inside & (weight != 0.0))[:, None] & (dim < HEAD_DIM)[None, :],
             other=0.0,
-        ).to(tl.float32)
-        total += tl.sum(weight, 0)
-        acc += tl.sum(block * weight[:, None], 0)
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    place = tl.program_id(0).to(tl.int64)
-    tl.store(merged_out + place * HEAD_DIM + dim, acc.to(merged_out.dtype.element_ty), mask=dim < HEAD_DIM)
-    tl.store(merged_lse + place, largest + tl.log2(total) * LN2)
+        )
+        total += weight
+        acc += block.to(tl.float32) * weight[:, None]
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    place = pair[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(
+        merged_out + place,
+        acc.to(merged_out.dtype.element_ty),
+        mask=inside[:, None] & (dim < HEAD_DIM)[None, :],
+    )
+    tl.store(merged_lse + pair, largest + tl.log2(total) * LN2, mask=inside)

@@ -1,12 +1,13 @@
 """The two Triton kernels of tree attention: tiles of the tree, then the merge of each row's partial states.
 
-Tiles. An item of the work list (work.py) is (node, chunk of its tokens, tile of its packed rows); a program owns one item
-and one KV head. A packed row is a row and a query head of the group that shares the KV head, so K and V of a token are
-loaded once for all of them, and the prefix of many samples fills tensor core tiles. It walks the chunk in blocks of
-tokens with an online softmax in base 2 and stores one fp32 state for each packed row: (o, m, l), o unnormalised.
+Tiles. An item of the work list (work.py) is a node, a chunk of its tokens and a tile of its packed rows; a program owns
+one item and one KV head. A packed row is a row and a query head of the group that shares the KV head, so K and V of a
+token are loaded once for all of them, and the prefix of many samples fills tensor core tiles. The program walks the
+chunk in blocks of tokens with an online softmax in base 2 and stores one fp32 state for each packed row: o not yet
+divided, the largest score m, and the sum of the weights.
 
-Merge. The states of a row lie side by side, root first, chunk after chunk: a program owns a row and a query head, folds
-them in that order, lets the sink join the denominator, and writes out and lse.
+Merge. The states of a row lie side by side, root first, chunk after chunk: a program owns a row and BLOCK_HEADS query
+heads, folds them in that order, lets the sink join the denominator, and writes out and lse.
 
 Everything that a decode step changes (lengths) is read from device memory.
 """
@@ -29,8 +30,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def chunk_tokens(length, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
-    """Tokens per chunk of a node, by its length alone: a result does not depend on who else shares the node. The same as
-    work.chunk_tokens."""
+    """Tokens per chunk of a node, by its length alone: a result does not depend on who else shares the node. The same
+    as work.chunk_tokens."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, MAX_CHUNKS), MIN_CHUNK), 1) * MIN_CHUNK
 
 
@@ -50,7 +51,7 @@ def load_kv(pointer, mask, FP8_BITS: tl.constexpr, DOT: tl.constexpr):
 def attend_block(
     acc,  # [BLOCK_ROWS, BLOCK_DIM] fp32
     m,  # [BLOCK_ROWS] fp32, base 2
-    l,
+    total,
     q,  # [BLOCK_ROWS, BLOCK_DIM]
     start,  # first token of the block
     first,  # [BLOCK_ROWS] tokens of the node that each row sees: [first, stop)
@@ -108,10 +109,10 @@ def attend_block(
     base = tl.where(largest == float("-inf"), 0.0, largest)
     weight = tl.exp2(scores - base[:, None])
     rescale = tl.exp2(m - base)
-    l = l * rescale + tl.sum(weight, 1)
+    total = total * rescale + tl.sum(weight, 1)
     values = load_kv(v + (page * v_page + slot * v_slot)[:, None] + dim[None, :], mask, FP8_BITS, DOT)
     acc = tl.dot(weight.to(DOT), values, acc * rescale[:, None], input_precision="ieee")
-    return acc, largest, l
+    return acc, largest, total
 
 
 @triton.jit
@@ -193,22 +194,22 @@ def attend_tile(
 
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_ROWS], tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
     node_pages = pages + page_begin
     if WINDOW:
         for start in range(begin, tl.minimum(whole, end), BLOCK_TOKENS):
-            acc, m, l = attend_block(
-                acc, m, l, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
+            acc, m, total = attend_block(
+                acc, m, total, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
                 scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, True, WINDOW, SOFTCAP, FP8_BITS, DOT,
             )  # fmt: skip
     for start in range(whole, border, BLOCK_TOKENS):
-        acc, m, l = attend_block(
-            acc, m, l, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
+        acc, m, total = attend_block(
+            acc, m, total, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
             scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, False, WINDOW, SOFTCAP, FP8_BITS, DOT,
         )  # fmt: skip
     for start in range(border, end, BLOCK_TOKENS):
-        acc, m, l = attend_block(
-            acc, m, l, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
+        acc, m, total = attend_block(
+            acc, m, total, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
             scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, True, WINDOW, SOFTCAP, FP8_BITS, DOT,
         )  # fmt: skip
 
@@ -216,7 +217,7 @@ def attend_tile(
     place = state.to(tl.int64) * NUM_Q_HEADS + head
     tl.store(states + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=mine)
     tl.store(sums + place * 2, m, mask=valid)
-    tl.store(sums + place * 2 + 1, l, mask=valid)
+    tl.store(sums + place * 2 + 1, total, mask=valid)
 
 
 @triton.jit
@@ -242,7 +243,7 @@ def tree_tiles(
     path_chunks,  # [num_nodes]
     first_state,  # [num_rows]
     states,  # [num_states, Hq, HEAD_DIM] fp32, written
-    sums,  # [num_states, Hq, 2] fp32, written: m, l
+    sums,  # [num_states, Hq, 2] fp32, written: m, total
     scale,
     softcap,
     window,
@@ -296,18 +297,6 @@ def tree_tiles(
 
 
 @triton.jit
-def fold_states(acc, m, l, states, m_new, l_new):
-    """The online softmax over states instead of keys: `states` [N, BLOCK_DIM], their m and l [N]."""
-    largest = tl.maximum(m, tl.max(m_new, 0))
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    weight = tl.exp2(m_new - base)
-    rescale = tl.exp2(m - base)
-    acc = acc * rescale + tl.sum(states * weight[:, None], 0)
-    l = l * rescale + tl.sum(l_new * weight, 0)
-    return acc, largest, l
-
-
-@triton.jit
 def merge_tree(
     out,  # [R, Hq, HEAD_DIM], written
     out_row,
@@ -327,46 +316,58 @@ def merge_tree(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
 ):
-    row = tl.program_id(0) // NUM_Q_HEADS
-    head = tl.program_id(0) % NUM_Q_HEADS
+    row = tl.program_id(0)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     dim = tl.arange(0, BLOCK_DIM)
-    in_head = dim < HEAD_DIM
+    heads = head < NUM_Q_HEADS
     source = tl.load(rows + row).to(tl.int64)
     owner = tl.load(rows + num_rows + row)
     length = tl.load(nodes + LENGTH * num_nodes + owner)
     num_states = tl.load(path_chunks + owner) + tl.cdiv(length, chunk_tokens(length, MIN_CHUNK, MAX_CHUNKS))
     begin = tl.load(first_state + row).to(tl.int64)
 
-    acc = tl.zeros([BLOCK_DIM], tl.float32)
-    m = tl.full([], float("-inf"), tl.float32)
-    l = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
+    m = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_HEADS], tl.float32)
     for i in range(0, num_states, BLOCK_STATES):
         state = i + tl.arange(0, BLOCK_STATES)
-        inside = state < num_states
-        place = (begin + state) * NUM_Q_HEADS + head
-        m_new = tl.load(sums + place * 2, mask=inside, other=float("-inf"))
-        l_new = tl.load(sums + place * 2 + 1, mask=inside, other=0.0)
+        mask = heads[:, None] & (state < num_states)[None, :]
+        place = (begin + state)[None, :] * NUM_Q_HEADS + head[:, None]  # [BLOCK_HEADS, BLOCK_STATES]
+        m_new = tl.load(sums + place * 2, mask=mask, other=float("-inf"))
+        total_new = tl.load(sums + place * 2 + 1, mask=mask, other=0.0)
         block = tl.load(
-            states + place[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None] & in_head[None, :], other=0.0
+            states + place[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask=mask[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+            other=0.0,
         )
-        acc, m, l = fold_states(acc, m, l, block, m_new, l_new)
+        # The online softmax over states instead of keys.
+        largest = tl.maximum(m, tl.max(m_new, 1))
+        base = tl.where(largest == float("-inf"), 0.0, largest)
+        weight = tl.exp2(m_new - base[:, None])
+        rescale = tl.exp2(m - base)
+        acc = acc * rescale[:, None] + tl.sum(block * weight[:, :, None], 1)
+        total = total * rescale + tl.sum(total_new * weight, 1)
+        m = largest
 
-    total, weight = l, 1.0
+    denominator = total
+    weight = tl.full([BLOCK_HEADS], 1.0, tl.float32)
     if sinks is not None:
         # Once, and not in lse. A finite sink stays finite in base 2.
-        sink = tl.minimum(tl.load(sinks + head) * LOG2E, LARGEST)
+        sink = tl.minimum(tl.load(sinks + head, mask=heads, other=0.0) * LOG2E, LARGEST)
         largest = tl.maximum(m, sink)
         base = tl.where(largest == float("-inf"), 0.0, largest)
         weight = tl.exp2(m - base)
-        total = l * weight + tl.exp2(sink - base)
-    factor = weight / tl.where(total == 0.0, 1.0, total)
+        denominator = total * weight + tl.exp2(sink - base)
+    factor = weight / tl.where(denominator == 0.0, 1.0, denominator)
     if v_scale is not None:
-        factor = factor * tl.load(v_scale + head // GROUP)
-    place = out + source * out_row + head * out_head + dim
-    tl.store(place, (acc * factor).to(out.dtype.element_ty), mask=in_head)
+        factor = factor * tl.load(v_scale + head // GROUP, mask=heads, other=0.0)
+    place = source * out_row + head[:, None] * out_head + dim[None, :]
+    result = (acc * factor[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place, result, mask=heads[:, None] & (dim < HEAD_DIM)[None, :])
     if lse is not None:
-        tl.store(lse + source * NUM_Q_HEADS + head, (m + tl.log2(l)) * LN2)
+        tl.store(lse + source * NUM_Q_HEADS + head, (m + tl.log2(total)) * LN2, mask=heads)

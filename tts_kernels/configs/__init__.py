@@ -12,8 +12,8 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """Of the tile kernel of tree attention. A tile is rows x tokens: the packed rows (row, query head of the group) that
-    a program holds and the tokens of a block of its loop."""
+    """Of the tile kernel of tree attention. A tile is rows x tokens: the packed rows (row, query head of the group)
+    that a program holds and the tokens of a block of its loop."""
 
     wide_rows: int  # nodes with more than narrow_rows packed rows
     wide_tokens: int
@@ -58,7 +58,7 @@ def batch_invariant() -> bool:
 def tree_config(
     device_name: str, arch: str, head_dim: int, num_kv_heads: int, q_bytes: int, kv_bytes: int
 ) -> TreeConfig:
-    """The config of a geometry: the entry of tree_attention.json for the device, else for its architecture, else `rule`.
+    """The config of a geometry: tree_attention.json's entry for the device, else for its architecture, else `rule`.
 
     device_name        as torch.cuda.get_device_name() gives it, e.g. "NVIDIA H200"
     arch               "sm_90", "gfx942", ...; "interpreter"
@@ -79,9 +79,9 @@ def tree_config(
 def rule(block_dim: int, q_bytes: int, kv_bytes: int) -> dict:
     """Where no entry is shipped: what fits any GPU since sm_80 with 99 KiB of shared memory per block.
 
-    Half precision: 64 rows, the least that Hopper's warpgroup products take, and 16, the least of any tensor core; blocks
-    of 64 tokens as long as two stages of K and V fit beside q, else 32. fp32 products run without tensor cores, so
-    tiles are what registers hold. Chunks of 256 tokens at least: below that a state is written for little KV read.
+    Half precision: 64 rows, the least that Hopper's warpgroup products take, and 16, the least of any tensor core;
+    blocks of 64 tokens as long as two stages of K and V fit beside q, else 32. fp32 products run without tensor cores,
+    so tiles are what registers hold. Chunks of 256 tokens at least: below that a state is written for little KV read.
     """
     if q_bytes == 4:
         rows, tokens = 16, 32

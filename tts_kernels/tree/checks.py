@@ -103,16 +103,8 @@ def check_page_ids(ids: torch.Tensor | None, values: list[int], pages: list[list
 def check_lens(
     seq_lens: torch.Tensor, q_lens: torch.Tensor | None, reserve: int, batch: int, max_pages: int, page_size: int
 ) -> tuple[list[int], list[int]]:
-    check_int("reserve", reserve, 0)
-    lens = []
-    for name, values in (("seq_lens", seq_lens), ("q_lens", q_lens)):
-        if name == "q_lens" and values is None:
-            lens.append([1] * batch)
-            continue
-        check_integers(name, values, "[B]")
-        if values.shape[0] != batch:
-            fail(name, f"{batch} entries, as many as block_table has rows", values.shape[0])
-        lens.append(values.tolist())
+    check_lens_tensors(seq_lens, q_lens, reserve, batch)
+    lens = seq_lens.tolist(), [1] * batch if q_lens is None else q_lens.tolist()
     for b, (tokens, count) in enumerate(zip(*lens)):
         if tokens < 0:
             fail(f"seq_lens[{b}]", "at least 0", tokens)
@@ -121,7 +113,17 @@ def check_lens(
         if tokens + (reserve if tokens and count else 0) > max_pages * page_size:
             expected = f"at most {max_pages} pages of {page_size} tokens, the reserve of {reserve} included"
             fail(f"seq_lens[{b}]", expected, tokens)
-    return lens[0], lens[1]
+    return lens
+
+
+def check_lens_tensors(seq_lens: torch.Tensor, q_lens: torch.Tensor | None, reserve: int, batch: int) -> None:
+    """Types and shapes alone: no value is looked at."""
+    check_int("reserve", reserve, 0)
+    for name, lens in (("seq_lens", seq_lens), ("q_lens", q_lens)):
+        if name == "seq_lens" or lens is not None:
+            check_integers(name, lens, "[B]")
+            if lens.shape[0] != batch:
+                fail(name, f"{batch} entries, as many as block_table has rows", lens.shape[0])
 
 
 def check_integers(name: str, tensor: torch.Tensor, shape: str) -> None:

@@ -1,18 +1,18 @@
 """Finding shared prefixes in a block table: sequences whose leading page ids are equal.
 
-It works on the bytes of the table: comparing, sorting and joining byte strings takes a fraction of the time of the same
-tensor operations, and no thread pool, which costs milliseconds where other processes use the cores.
+The table stays where it is. Either class below brings its sequences into an order that puts equal prefixes side by
+side and says what neighbours in it share; from these few integers the forest is built on the host.
 """
 
 from __future__ import annotations
 
 import ctypes
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
-from tts_kernels.tree.checks import INT32_MAX, fail
+from tts_kernels.tree.checks import INT32_MAX, check_lens, check_lens_tensors, fail
 
 SERIAL = 32768  # elements up to which torch works in the calling thread
 
@@ -27,20 +27,18 @@ class Run(NamedTuple):
     leaf: bool  # whether it is the private rest of its one member
 
 
-def shared_runs(table: TableBytes, shareable: list[int]) -> list[Run]:
+def shared_runs(order: list[int], common: list[int]) -> list[Run]:
     """The forest of a batch. Its leaves are the sequences, an inner node is a longest run of pages that the same two or
     more sequences share. Parents stand before their children, siblings in the order of their first sequences.
 
-    shareable  [B] leading pages of each sequence that may be shared
+    order   [B] the sequences, equal prefixes side by side: what two of them share is the least that neighbours between
+            them share
+    common  [B] pages that order[i] and order[i + 1] share; the last is 0
     """
-    keys = [table.run(b, 0, pages) for b, pages in enumerate(shareable)]
-    order = sorted(range(len(keys)), key=keys.__getitem__)  # equal prefixes side by side
-    common = [common_pages(keys[a], keys[b], table.item) for a, b in pairwise(order)] + [0] * bool(order)
-
     # Neighbours in sorted order that share d pages lie under one inner node that ends at page d. `path` holds the inner
     # nodes around the current sequence; node 0 ends at page 0, holds everything and is no node of the forest.
     end, first, parent = [0], [-1], [-1]
-    leaf_parent = [0] * len(keys)
+    leaf_parent = [0] * len(order)
     path = [0]
 
     def open_node(stop: int, member: int) -> None:
@@ -62,7 +60,7 @@ def shared_runs(table: TableBytes, shareable: list[int]) -> list[Run]:
             first[path[-1]] = min(first[path[-1]], first[node])
 
     nodes = [(first[node], end[node], node) for node in range(1, len(end))]
-    nodes += [(b, table.width + 1, 0) for b in range(len(keys))]  # 0 for a leaf
+    nodes += [(b, max(end) + 1, 0) for b in range(len(order))]  # 0 for a leaf
     nodes.sort()  # by first sequence, and of those outer nodes before inner ones before the leaf
     index = {node: i for i, (_, _, node) in enumerate(nodes) if node}
     index[0] = -1
@@ -89,32 +87,101 @@ def common_pages(a: bytes, b: bytes, item: int) -> int:
     return low
 
 
-class TableBytes:
-    """A block table [B, max_pages] on the CPU, int32 or int64, as bytes."""
+class HostTable:
+    """A block table [B, max_pages] on the CPU, int32 or int64, with what `shared_runs` needs to know of it.
 
-    def __init__(self, table: torch.Tensor):
+    It works on bytes: comparing, sorting and joining byte strings takes a fraction of the time of the same tensor
+    operations, and no thread pool, which costs milliseconds where other processes use the cores.
+    """
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        q_lens: torch.Tensor | None,
+        *,
+        page_size: int,
+        reserve: int,
+    ):
+        self.seq_lens, self.q_lens = check_lens(seq_lens, q_lens, reserve, *table.shape, page_size)
         table = table.contiguous()
         self.dtype, self.item, self.width = table.dtype, table.element_size(), table.shape[1]
         self.data = ctypes.string_at(table.data_ptr(), table.numel() * self.item) if table.numel() else b""
+        shareable = [max(0, s - q) // page_size for s, q in zip(self.seq_lens, self.q_lens)]
+        keys = [self.run(b, 0, pages) for b, pages in enumerate(shareable)]
+        self.order = sorted(range(len(keys)), key=keys.__getitem__)
+        self.common = [common_pages(keys[a], keys[b], self.item) for a, b in pairwise(self.order)]
+        self.common += [0] * bool(keys)
 
     def run(self, row: int, begin: int, end: int) -> bytes:
         first = row * self.width
         return self.data[(first + begin) * self.item : (first + end) * self.item]
 
-    def pages(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, int]:
-        """Page ids of the runs (row, begin, end), one after the other, int32, and the largest of them (-1 for none).
+    def pages(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, list[int], int]:
+        """Page ids of the runs (row, begin, end) as int32, where each run begins there, and the largest id in the runs
+        (-1 for none).
 
         Raises ValueError for a negative or too large id in them.
         """
+        begins = list(accumulate((end - begin for _, begin, end in runs), initial=0))[:-1]
         joined = bytearray().join([self.run(*run) for run in runs])
         if not joined:
-            return torch.empty(0, dtype=torch.int32, device="cpu"), -1
+            return torch.empty(0, dtype=torch.int32, device="cpu"), begins, -1
         ids = torch.frombuffer(joined, dtype=self.dtype)
         extremes = [torch.aminmax(part) for part in ids.split(SERIAL)]
         low, high = min(int(low) for low, _ in extremes), max(int(high) for _, high in extremes)
         if low < 0 or high > INT32_MAX:
-            places = [(row, page) for row, begin, end in runs for page in range(begin, end)]
-            for (row, page), value in zip(places, ids.tolist()):
-                if not 0 <= value <= INT32_MAX:
-                    fail(f"block_table[{row}, {page}]", f"a page id in [0, {INT32_MAX}]", value)
-        return ids.to(torch.int32), high
+            for (row, begin, _), values in zip(runs, ids.split([end - begin for _, begin, end in runs])):
+                check_run(row, begin, values.tolist())
+        return ids.to(torch.int32), begins, high
+
+
+class DeviceTable:
+    """The same for a table on a device, which is compared there: its entries are never copied to the host. Making one
+    waits for the device once, for a few integers per sequence.
+
+    Raises RuntimeError where triton cannot be imported.
+    """
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        q_lens: torch.Tensor | None,
+        *,
+        page_size: int,
+        reserve: int,
+    ):
+        batch, self.width = table.shape
+        check_lens_tensors(seq_lens, q_lens, reserve, batch)
+        if table.numel() > INT32_MAX:
+            fail("block_table", f"at most {INT32_MAX} entries on a device", f"{batch} rows of {self.width}")
+        try:
+            from tts_kernels.tree import prefix_triton
+        except ImportError as error:
+            raise RuntimeError(f"block_table on {table.device}: triton cannot be imported ({error})") from error
+        self.table = table
+        facts = prefix_triton.compare_rows(table, seq_lens, q_lens, page_size, reserve).cpu()
+        lens = facts[prefix_triton.SEQ_LEN], facts[prefix_triton.Q_LEN]
+        self.seq_lens, self.q_lens = check_lens(*lens, reserve, batch, self.width, page_size)
+        self.order, self.common = facts[prefix_triton.ORDER].tolist(), facts[prefix_triton.COMMON].tolist()
+        self.low, self.high = facts[prefix_triton.LOW].tolist(), facts[prefix_triton.HIGH].tolist()
+
+    def pages(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, list[int], int]:
+        """As HostTable.pages, but the ids are the whole table's, on its device, entries that may hold anything
+        included. The runs are those of a plan, so that they cover what the sequences use."""
+        wrong = [low < 0 or high > INT32_MAX for low, high in zip(self.low, self.high)]
+        if any(wrong):
+            for row, begin, end in runs:
+                if wrong[row]:
+                    check_run(row, begin, self.table[row, begin:end].tolist())
+        with torch.inference_mode(False):
+            pages = torch.empty(self.table.shape, dtype=torch.int32, device=self.table.device)
+            pages.copy_(self.table)
+        return pages.view(-1), [row * self.width + begin for row, begin, _ in runs], max(self.high, default=-1)
+
+
+def check_run(row: int, begin: int, ids: list[int]) -> None:
+    for page, value in enumerate(ids, begin):
+        if not 0 <= value <= INT32_MAX:
+            fail(f"block_table[{row}, {page}]", f"a page id in [0, {INT32_MAX}]", value)
