@@ -33,13 +33,14 @@ DEMO := $(BIN)/tts-kernels
 READY := .venv/ready .venv/native
 endif
 
-.PHONY: help venv native demo test bench lint sanitize clean
+.PHONY: help venv native demo test bench static lint sanitize clean
 
 help:
 	@echo "make venv      .venv with everything in it, and the native module"
 	@echo "make demo      N samples over one shared KV tree, beside stock transformers"
 	@echo "make test      the tests; the end says what was skipped and why"
 	@echo "make bench     the benchmarks: a table, JSON and a plot"
+	@echo "make static    what the GPU kernels compile to, against limits; needs no GPU"
 	@echo "make lint      ruff and clang-format, which change nothing"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean     remove what was built, except .venv"
@@ -54,6 +55,10 @@ test: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# Figures of unchanged kernels are kept in build/static.
+static: $(READY)
+	$(PY) -m benchmarks.static $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,0 +1,142 @@
+"""The launches that are compiled: the backend's own, recorded from calls with tensors that have no memory.
+
+To add a case, add a line to `attention` or `others` (another geometry or option), or a call of a new op to `others`.
+Then `python -m benchmarks.static --update-limits`, and read the change of limits.json before it is committed. A new
+entry in tts_kernels/configs/tree_attention.json for a device needs that device's architecture in DEVICES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tts_kernels import configs
+from tts_kernels.attention import triton as backend
+from tts_kernels.tree import prefix_triton
+
+from .archs import ARCHS
+from .compiling import StaticCase, recorded_launches
+
+# Devices for which configs are shipped.
+DEVICES = {
+    "NVIDIA A100-SXM4-80GB": "sm_80",
+    "NVIDIA H100 80GB HBM3": "sm_90",
+    "NVIDIA H200": "sm_90",
+    "NVIDIA B200": "sm_100",
+    "AMD Instinct MI300X": "gfx942",
+}
+# Tiles of 64 rows and half precision have to become these.
+MMA = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+FP16, BF16, FP32, FP8 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A decode step: a launch of tree_tiles and one of merge_tree."""
+
+    name: str
+    q: torch.dtype = BF16
+    cache: torch.dtype | None = None  # q's
+    heads: tuple[int, int] = (28, 4)  # of q, of the caches
+    head_dim: int = 128
+    page_size: int = 16
+    softcap: float = 0.0
+    window: int = -1
+    extras: bool = False  # sinks, k_scale, v_scale and lse
+    cache_bytes: int = 8 << 30
+    archs: tuple[str, ...] = tuple(ARCHS)
+
+
+ATTENTION = (
+    Attention("bf16"),
+    Attention("bf16 capped window", softcap=30.0, window=4096, extras=True),
+    # On AMD, Triton addresses tensors below 2 GiB in another way.
+    Attention("bf16 small cache", cache_bytes=1 << 30, archs=("gfx942",)),
+    Attention("bf16 one head each", heads=(32, 32)),
+    Attention("bf16 D=64", heads=(32, 8), head_dim=64),
+    Attention("bf16 D=80", heads=(32, 32), head_dim=80),
+    Attention("bf16 D=256", heads=(16, 8), head_dim=256, page_size=32),
+    Attention("fp16", FP16, archs=("sm_90", "gfx942")),
+    Attention("bf16 fp8", BF16, FP8, extras=True),
+    Attention("fp32", FP32),
+)
+
+
+def cases(arch: str) -> Iterator[StaticCase]:
+    shipped = {entry["for"] for entry in configs.shipped("tree_attention")}
+    if unknown := shipped - DEVICES.keys() - set(DEVICES.values()):
+        raise ValueError(f"DEVICES: expected every device of tree_attention.json, got none for {sorted(unknown)}")
+    for device in (arch, *(name for name in DEVICES if DEVICES[name] == arch and name in shipped)):
+        with (
+            mock.patch.object(backend, "device_kind", lambda _, device=device: (device, arch)),
+            mock.patch.object(
+                backend, "needs_fp8_bits", lambda cache: cache.dtype == FP8 and arch not in ("sm_90", "sm_100")
+            ),
+        ):
+            yield from attention(arch, "" if device == arch else f" {device}")
+    yield from others()
+
+
+def attention(arch: str, suffix: str) -> Iterator[StaticCase]:
+    for a in ATTENTION:
+        if arch not in a.archs:
+            continue
+        num_q_heads, num_kv_heads = a.heads
+        num_nodes, num_rows, num_items, num_states = 65, 63, 1000, 1000  # nothing that Triton would specialise for
+        cache = a.cache or a.q
+        num_pages = a.cache_bytes // (a.page_size * num_kv_heads * a.head_dim * cache.itemsize)
+        q = meta(num_rows, num_q_heads, a.head_dim, dtype=a.q)
+        k_cache, v_cache = (meta(num_pages, a.page_size, num_kv_heads, a.head_dim, dtype=cache) for _ in "kv")
+        config = backend.config_of(q, k_cache)
+        work = backend.Work(
+            config, meta(4 * num_items + num_nodes + num_rows, dtype=torch.int32),
+            meta(num_states * num_q_heads * (a.head_dim + 2)), num_items, num_states,
+        )  # fmt: skip
+        lse, sinks = (meta(num_rows, num_q_heads), meta(num_q_heads)) if a.extras else (None, None)
+        k_scale, v_scale = (meta(num_kv_heads), meta(num_kv_heads)) if a.extras else (None, None)
+        nodes, pages, rows = (meta(*shape, dtype=torch.int32) for shape in ((7, num_nodes), (9999,), (2, num_rows)))
+        with recorded_launches() as launches:
+            backend.tree_attention(
+                torch.empty_like(q), lse, q, k_cache, v_cache, nodes, pages, rows, a.page_size, True, 0.1, a.softcap,
+                a.window, sinks, k_scale, v_scale, (work.table, work.scratch, work.tile),
+            )  # fmt: skip
+        tiles, merge = launches
+        # load_kv reads K and V through `pointer`.
+        mma = MMA[arch] if a.q.itemsize == 2 and config.wide_rows >= 64 else None
+        # In narrow tiles of fp8, Triton lays V out for mma.sync in pieces of 8 elements, and copies such pieces.
+        nvidia_fp8 = cache == FP8 and arch.startswith("sm_")
+        yield StaticCase(
+            f"tiles {a.name}{suffix}", *tiles, wide=("pointer",), load_bytes=8 if nvidia_fp8 else 16, mma=mma
+        )
+        if a.name in ("bf16", "bf16 capped window", "fp32"):
+            yield StaticCase(f"merge {a.name}{suffix}", *merge)
+
+
+def others() -> Iterator[StaticCase]:
+    """Kernels that have no configs: append_kv, merge_states, and the comparison of block tables."""
+    k = meta(63, 4, 128, dtype=BF16)
+    for dtype in (BF16, FP8):
+        cache = meta(65536, 16, 4, 128, dtype=dtype)
+        with recorded_launches() as launches:
+            backend.append_kv(k, k, cache, cache, meta(63, dtype=torch.int64))
+        (launch,) = launches
+        yield StaticCase(f"append_kv bf16 to {'bf16' if dtype == BF16 else 'fp8'}", *launch)
+    for dtype in (BF16, FP32):
+        with recorded_launches() as launches:
+            backend.merge_states(meta(3, 63, 28, 128, dtype=dtype), meta(3, 63, 28))
+        (launch,) = launches
+        yield StaticCase(f"merge_states {'bf16' if dtype == BF16 else 'fp32'}", *launch)
+    with recorded_launches() as launches:
+        table = meta(63, 999, dtype=torch.int32)
+        prefix_triton.compare_rows(table, table[:, 0], None, page_size=16, reserve=0)
+    # Neighbours are compared twice, in the same way.
+    for kernel, launch in {launch[0]: launch for launch in launches}.items():
+        yield StaticCase(kernel.__name__, *launch)
+
+
+def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
