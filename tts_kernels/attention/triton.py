@@ -9,6 +9,7 @@ loaded; on a GPU it goes into the products as it is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import torch
@@ -17,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tts_kernels.configs import TreeConfig, block_dim, tree_config
-from tts_kernels.tree.plan import TreePlan
+from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, ROWS_END, TreePlan
 
 from . import triton_states, triton_tree
-from .work import Work, make_work, work_of_nodes
+from .counts import WorkCounts
+from .work import Work, make_work, num_chunks, work_lists, work_of_lists
 
 INTERPRETED = not isinstance(triton_tree.tree_tiles, triton.JITFunction)
 FP8 = torch.float8_e4m3fn
@@ -73,7 +75,7 @@ def tree_attention(
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads, num_nodes = k_cache.shape[2], nodes.shape[1]
     group = num_q_heads // num_kv_heads
-    table, scratch, tile = work if work[0] is not None else work_without_plan(nodes, num_rows, q, k_cache)
+    table, scratch, tile = work if work[0] is not None else work_without_plan(nodes, q, k_cache)
     config = TreeConfig(*tile)
     num_items = (table.numel() - num_nodes - num_rows) // 4
     num_states = scratch.numel() // (num_q_heads * (head_dim + 2))
@@ -107,7 +109,7 @@ def tree_attention(
             )  # fmt: skip
 
 
-def work_without_plan(nodes: Tensor, num_rows: int, q: Tensor, k_cache: Tensor) -> tuple:
+def work_without_plan(nodes: Tensor, q: Tensor, k_cache: Tensor) -> tuple:
     """For a call that came without the plan's work list: a compiled function that was traced before the plan had one.
     Reads the nodes back from the device."""
     if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -115,11 +117,40 @@ def work_without_plan(nodes: Tensor, num_rows: int, q: Tensor, k_cache: Tensor) 
             "plan: expected one that has been used once with these shapes before a CUDA graph is captured (the first "
             "call makes its work list), got one that has not"
         )
-    work = work_of_nodes(
-        nodes.tolist(), [0] * nodes.shape[1], 0, num_rows, q.shape[1], k_cache.shape[2], q.shape[2],
-        config_of(q, k_cache), q.device,
-    )  # fmt: skip
+    config = config_of(q, k_cache)
+    lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, q.shape[1] // k_cache.shape[2], config)
+    work = work_of_lists(lists, q.shape[1], q.shape[2], config, q.device)
     return work.table, work.scratch, work.tile
+
+
+def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]]) -> WorkCounts:
+    """By the rules of the work list (work.py) at the lengths in `nodes`, with the config of the list that the plan has,
+    if it has one."""
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    kept = plan.works.get((num_q_heads, num_kv_heads, head_dim, q.dtype, k_cache.dtype))
+    config = kept.config if kept else config_of(q, k_cache)
+    items = kv_loads = states = products = 0
+    for length, begin, end in zip(nodes[LENGTH], nodes[OWN_BEGIN], nodes[ROWS_END]):
+        packed = (end - begin) * num_q_heads // num_kv_heads
+        rows, tokens = config.wide_rows, config.wide_tokens
+        if packed <= config.narrow_rows:
+            rows, tokens = config.narrow_rows, config.narrow_tokens
+        tiles = triton.cdiv(packed, rows) if packed else 0
+        items += tiles * num_chunks(length, config)
+        kv_loads += tiles * length
+        states += num_chunks(length, config) * packed
+        # Chunks are whole blocks, but for the last of a node.
+        products += tiles * rows * triton.cdiv(length, tokens) * tokens
+    tiles_launched = items > 0 or plan.most_tokens is not None
+    return WorkCounts(
+        config=", ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()),
+        work_items=items * num_kv_heads,
+        launches=1 + tiles_launched if num_rows else 0,
+        kv_loads=kv_loads * num_kv_heads,
+        states=states * num_kv_heads,
+        flops=4 * block_dim(head_dim) * products * num_kv_heads,
+    )
 
 
 def append_kv(k, v, k_cache, v_cache, slots):
@@ -128,12 +159,13 @@ def append_kv(k, v, k_cache, v_cache, slots):
     k_cache, v_cache = as_integers(k_cache), as_integers(v_cache)
     if not to_fp8:
         k, v = as_integers(k), as_integers(v)
+    heads, dim = triton.next_power_of_2(num_kv_heads), triton.next_power_of_2(head_dim)
     with on(k.device):
         triton_states.append_kv[(num_rows,)](
             k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
             k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], slots,
             NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], TO_FP8=to_fp8,
-            BLOCK_HEADS=triton.next_power_of_2(num_kv_heads), BLOCK_DIM=triton.next_power_of_2(head_dim), num_warps=4,
+            BLOCK_HEADS=heads, BLOCK_DIM=dim, num_warps=warps_for(heads * dim * k.element_size()),
         )  # fmt: skip
 
 
@@ -143,11 +175,12 @@ def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     merged_lse = lse.new_empty(num_rows, num_heads)
     if merged_lse.numel():
         with on(out.device), rounded(merged_out) as result:
-            pairs = 64 if INTERPRETED else 4
+            pairs, dim = 64 if INTERPRETED else 4, triton.next_power_of_2(head_dim)
             triton_states.merge_states[(triton.cdiv(num_rows * num_heads, pairs),)](
                 out, *out.stride()[:3], lse, *lse.stride(), result, merged_lse,
                 num_states, num_heads, num_rows * num_heads,
-                HEAD_DIM=head_dim, BLOCK_PAIRS=pairs, BLOCK_DIM=triton.next_power_of_2(head_dim), num_warps=4,
+                HEAD_DIM=head_dim, BLOCK_PAIRS=pairs, BLOCK_DIM=dim,
+                num_warps=warps_for(pairs * dim * out.element_size()),
             )  # fmt: skip
     return merged_out, merged_lse
 
@@ -156,6 +189,11 @@ def merge_heads(num_q_heads: int) -> int:
     """Query heads of a merging program: on a GPU one, since rows and heads are many; the interpreter runs programs one
     after the other."""
     return triton.next_power_of_2(num_q_heads) if INTERPRETED else 1
+
+
+def warps_for(block_bytes: int) -> int:
+    """So that a thread loads 16 bytes of a block at a time."""
+    return min(max(block_bytes // (32 * 16), 1), 8)
 
 
 def as_integers(x: Tensor) -> Tensor:

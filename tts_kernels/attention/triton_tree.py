@@ -39,7 +39,7 @@ def chunk_tokens(length, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
 def load_kv(pointer, mask, FP8_BITS: tl.constexpr, DOT: tl.constexpr):
     """A block of the cache in the dtype of the products. FP8_BITS: from the bits of e4m3 by integer arithmetic, for
     hardware without that conversion: its 7 low bits, as exponent and mantissa of fp16, are the number times 2^-8."""
-    x = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0)
+    x = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0.0)
     if FP8_BITS:
         magnitude = (x & 0x7F).to(tl.uint16)
         half = (((x & 0x80).to(tl.uint16) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True)
@@ -155,6 +155,7 @@ def attend_tile(
     DOT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     node = tl.load(item)
     packed = tl.load(item + 1) + tl.arange(0, BLOCK_ROWS)
@@ -182,32 +183,35 @@ def attend_tile(
         row_position = last - tl.load(nodes + OWN_END * num_nodes + owner) + row
         first = tl.maximum(0, row_position - position - window)
     end = tl.minimum(chunk_end, tl.max(tl.where(valid, stop, 0)))
-    # Blocks in [whole, border) need no mask: every row sees all their tokens.
-    border = tl.minimum(chunk_end, tl.min(tl.where(valid, stop, chunk_end)))
-    whole = begin
+    seen = begin
     if WINDOW:
-        seen = tl.min(tl.where(valid, first, chunk_end))
-        all_see = tl.minimum(tl.max(tl.where(valid, first, 0)), chunk_end)
-        whole = begin + tl.cdiv(tl.maximum(all_see - begin, 0), BLOCK_TOKENS) * BLOCK_TOKENS
-        begin += tl.maximum(seen - begin, 0) // BLOCK_TOKENS * BLOCK_TOKENS
-    border = tl.maximum(whole, whole + tl.maximum(border - whole, 0) // BLOCK_TOKENS * BLOCK_TOKENS)
+        seen = tl.minimum(tl.maximum(tl.min(tl.where(valid, first, chunk_end)), begin), chunk_end)
+        seen = begin + (seen - begin) // BLOCK_TOKENS * BLOCK_TOKENS
 
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     node_pages = pages + page_begin
-    if WINDOW:
-        for start in range(begin, tl.minimum(whole, end), BLOCK_TOKENS):
+    if WIDE:
+        # Arithmetic counts here: blocks that every row sees whole, from `whole` to `border`, run without a mask.
+        whole = begin
+        if WINDOW:
+            all_see = tl.minimum(tl.maximum(tl.max(tl.where(valid, first, 0)), begin), chunk_end)
+            whole = begin + tl.cdiv(all_see - begin, BLOCK_TOKENS) * BLOCK_TOKENS
+            for start in range(seen, tl.minimum(whole, end), BLOCK_TOKENS):
+                acc, m, total = attend_block(
+                    acc, m, total, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
+                    scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, True, WINDOW, SOFTCAP, FP8_BITS, DOT,
+                )  # fmt: skip
+        border = tl.minimum(chunk_end, tl.min(tl.where(valid, stop, chunk_end)))
+        border = whole + tl.maximum(border - whole, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+        for start in range(whole, border, BLOCK_TOKENS):
             acc, m, total = attend_block(
                 acc, m, total, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
-                scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, True, WINDOW, SOFTCAP, FP8_BITS, DOT,
+                scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, False, WINDOW, SOFTCAP, FP8_BITS, DOT,
             )  # fmt: skip
-    for start in range(whole, border, BLOCK_TOKENS):
-        acc, m, total = attend_block(
-            acc, m, total, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
-            scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, False, WINDOW, SOFTCAP, FP8_BITS, DOT,
-        )  # fmt: skip
-    for start in range(border, end, BLOCK_TOKENS):
+        seen = border
+    for start in range(seen, end, BLOCK_TOKENS):
         acc, m, total = attend_block(
             acc, m, total, queries, start, first, stop, end, k, k_page, k_slot, v, v_page, v_slot, node_pages,
             scale, softcap, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, PAGE_SIZE, True, WINDOW, SOFTCAP, FP8_BITS, DOT,
@@ -285,14 +289,14 @@ def tree_tiles(
                 item, begin, end, length, q, q_row, q_head, k, k_page, k_slot, v, v_page, v_slot,
                 nodes, num_nodes, pages, rows, num_rows, path_chunks, first_state, states, sums,
                 kv_head, scale, softcap, window, GROUP, GROUP * NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, PAGE_SIZE,
-                CAUSAL, WINDOW, SOFTCAP, FP8_BITS, DOT, WIDE_ROWS, WIDE_TOKENS,
+                CAUSAL, WINDOW, SOFTCAP, FP8_BITS, DOT, WIDE_ROWS, WIDE_TOKENS, True,
             )  # fmt: skip
         elif NARROW_ROWS != 0:
             attend_tile(
                 item, begin, end, length, q, q_row, q_head, k, k_page, k_slot, v, v_page, v_slot,
                 nodes, num_nodes, pages, rows, num_rows, path_chunks, first_state, states, sums,
                 kv_head, scale, softcap, window, GROUP, GROUP * NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, PAGE_SIZE,
-                CAUSAL, WINDOW, SOFTCAP, FP8_BITS, DOT, NARROW_ROWS, NARROW_TOKENS,
+                CAUSAL, WINDOW, SOFTCAP, FP8_BITS, DOT, NARROW_ROWS, NARROW_TOKENS, False,
             )  # fmt: skip
 
 

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from tts_kernels.configs import TreeConfig
-from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, PARENT, ROWS_END, TreePlan, int_tensor
+from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PARENT, ROWS_END, TreePlan, int_tensor
 
 
 @dataclass(frozen=True)
 class Work:
-    """items   int32 [num_items, 4]: node, first packed row, chunk, 1 for a wide tile. Longest first; the tiles of one
-            chunk side by side, since they read the same KV.
-    table   int32 [4 * num_items + num_nodes + num_rows]: items; for each node, the chunks of its strict ancestors; for
-            each row (depth-first), its first state. The states of a row are those of its path, root first: as many as
-            the chunks of its ancestors, then its own node's.
-    scratch fp32 [num_states * Hq * (head_dim + 2)]: o of each state and query head, then its m and l
+    """table    int32 [4 * num_items + num_nodes + num_rows], one behind the other:
+                items: node, first packed row, chunk, 1 for a wide tile. Longest first; the tiles of one chunk side by
+                side, since they read the same KV
+                for each node, the chunks of its strict ancestors
+                for each row (depth-first), its first state. The states of a row are those of its path, root first: as
+                many as the chunks of its ancestors, then its own node's
+    scratch  fp32 [num_states * Hq * (head_dim + 2)]: o of each state and query head, then its m and sum of weights. A
+             call writes what it reads; calls on two streams at a time need two plans
     """
 
     config: TreeConfig
@@ -60,22 +62,39 @@ def most_chunks(length: int, spare: int, config: TreeConfig) -> int:
 def make_work(plan: TreePlan, num_q_heads: int, num_kv_heads: int, head_dim: int, config: TreeConfig) -> Work:
     """Reads the plan's tables on the host, where the plan keeps a copy."""
     nodes, grows, spare = plan.host_tables()
-    return work_of_nodes(nodes, grows, spare, plan.num_rows, num_q_heads, num_kv_heads, head_dim, config, plan.device)
+    group = num_q_heads // num_kv_heads
+    lists = work_lists(nodes, grows, spare, group, config)
+    most = None
+    if plan.most_tokens is not None:
+        most = most_work(plan, group, config)
+    return work_of_lists(lists, num_q_heads, head_dim, config, plan.device, most)
 
 
-def work_of_nodes(
+def refresh(works: dict, plan: TreePlan) -> None:
+    """Makes the work lists of another plan with as many nodes and rows, made with room for it, those of `plan`: in
+    place, so that a captured graph reads them."""
+    nodes, grows, spare = plan.host_tables()
+    for (num_q_heads, num_kv_heads, *_), work in works.items():
+        lists = work_lists(nodes, grows, spare, num_q_heads // num_kv_heads, work.config)
+        work.table.copy_(table_of_lists(lists, work.num_items, work.config))
+
+
+@dataclass(frozen=True)
+class Lists:
+    items: list[int]
+    above: list[int]
+    first_state: list[int]
+    num_states: int
+
+
+def work_lists(
     nodes: list[list[int]],  # [7][num_nodes]
     grows: list[int],
     spare: int,  # tokens by which growing nodes may be longer than LENGTH says
-    num_rows: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
+    group: int,
     config: TreeConfig,
-    device: torch.device,
-) -> Work:
-    group = num_q_heads // num_kv_heads
-    parents, lengths, begins, ends = (nodes[i] for i in (PARENT, LENGTH, OWN_BEGIN, ROWS_END))
+) -> Lists:
+    parents, lengths, begins, own_ends, ends = (nodes[i] for i in (PARENT, LENGTH, OWN_BEGIN, OWN_END, ROWS_END))
     chunks = [most_chunks(length, spare * grow, config) for length, grow in zip(lengths, grows)]
     above: list[int] = []  # chunks of the strict ancestors; parents come first
     for parent in parents:
@@ -83,25 +102,52 @@ def work_of_nodes(
 
     first_state: list[int] = []
     num_states = 0
-    for node, count in enumerate(own_rows(nodes)):
-        for _ in range(count):
-            first_state.append(num_states)
-            num_states += above[node] + chunks[node]
+    for node in range(len(parents)):
+        states = above[node] + chunks[node]
+        count = own_ends[node] - begins[node]
+        first_state += [num_states + states * j for j in range(count)]
+        num_states += states * count
 
-    # (cost, node) of each chunk; a sort by cost keeps the tiles of a chunk together.
+    # By the tokens of a chunk, longest first; the sort is stable, so that the tiles of a chunk stay together.
     order = sorted(range(len(parents)), key=lambda n: -min(lengths[n], chunk_tokens(lengths[n], config)))
     items: list[int] = []
     for node in order:
         packed = (ends[node] - begins[node]) * group
-        wide = int(packed > config.narrow_rows)
+        wide = int(not config.narrow_rows or packed > config.narrow_rows)
+        tiles = range(0, packed, config.wide_rows if wide else config.narrow_rows)
         for chunk in range(chunks[node]):
-            for first in range(0, packed, config.wide_rows if wide else config.narrow_rows):
+            for first in tiles:
                 items += (node, first, chunk, wide)
-    with torch.inference_mode(False):
-        table = int_tensor([*items, *above, *first_state]).to(device)
+    return Lists(items, above, first_state, num_states)
+
+
+def most_work(plan: TreePlan, group: int, config: TreeConfig) -> tuple[int, int]:
+    """(items, states) of any tree of as many nodes and rows, as deep, with at most plan.most_tokens tokens."""
+    packed = plan.num_rows * group
+    chunks = plan.most_tokens // config.min_chunk + plan.num_nodes  # each node rounds up by less than one
+    tiles = packed // (config.narrow_rows or config.wide_rows) + plan.num_nodes  # of one level
+    num_items = min(chunks * -(-packed // config.wide_rows), plan.depth * tiles * config.max_chunks)
+    path = min(plan.depth * config.max_chunks, plan.most_tokens // config.min_chunk + plan.depth)
+    return num_items, plan.num_rows * path
+
+
+def work_of_lists(
+    lists: Lists,
+    num_q_heads: int,
+    head_dim: int,
+    config: TreeConfig,
+    device: torch.device,
+    most: tuple[int, int] | None = None,
+) -> Work:
+    num_items, num_states = most or (len(lists.items) // 4, lists.num_states)
+    with torch.inference_mode(False):  # else it could not be used outside of inference mode
+        table = table_of_lists(lists, num_items, config).to(device)
         scratch = torch.empty(num_states * num_q_heads * (head_dim + 2), dtype=torch.float32, device=device)
-    return Work(config, table, scratch, len(items) // 4, num_states)
+    return Work(config, table, scratch, num_items, num_states)
 
 
-def own_rows(nodes: list[list[int]]) -> list[int]:
-    return [end - begin for begin, end in zip(nodes[OWN_BEGIN], nodes[OWN_BEGIN + 1])]
+def table_of_lists(lists: Lists, num_items: int, config: TreeConfig) -> Tensor:
+    """On the CPU. Items beyond those there are name a chunk that no node has."""
+    none = (0, 0, config.max_chunks, 0)
+    padding = none * (num_items - len(lists.items) // 4)
+    return int_tensor([*lists.items, *padding, *lists.above, *lists.first_state])

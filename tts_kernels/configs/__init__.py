@@ -77,24 +77,24 @@ def tree_config(
 
 
 def rule(block_dim: int, q_bytes: int, kv_bytes: int) -> dict:
-    """Where no entry is shipped: what fits any GPU since sm_80 with 99 KiB of shared memory per block.
+    """Where no entry is shipped: what fits any GPU since sm_80 without spills.
 
-    Half precision: 64 rows, the least that Hopper's warpgroup products take, and 16, the least of any tensor core;
-    blocks of 64 tokens as long as two stages of K and V fit beside q, else 32. fp32 products run without tensor cores,
-    so tiles are what registers hold. Chunks of 256 tokens at least: below that a state is written for little KV read.
+    Half precision: 64 rows, the least that Hopper's warpgroup products take, and 16, the least of any tensor core, with
+    blocks of 64 tokens, 32 for heads of 256; 8 warps where 4 run out of registers. fp32 products run without tensor
+    cores: 16 rows, 16 tokens, no stages. Chunks of 256 tokens at least: below that a state is written for little KV.
     """
     if q_bytes == 4:
-        rows, tokens = 16, 32
+        rows, tokens, stages = 16, 16, 1
     else:
-        rows, tokens = 64, 64 if block_dim <= 128 else 32
+        rows, tokens, stages = 64, 64 if block_dim <= 128 else 32, 2
     return {
         "wide_rows": rows,
         "wide_tokens": tokens,
         "narrow_rows": 16,
         "narrow_tokens": tokens,
         "min_chunk": 256,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": 4 if block_dim <= 64 else 8,
+        "num_stages": stages,
     }
 
 

@@ -73,6 +73,7 @@ class TreePlan:
     max_page: int  # largest page id, -1 where there is none
     host: tuple[torch.Tensor, torch.Tensor] = field(repr=False)  # nodes and grows as built; on the CPU those themselves
     advanced: int = 0  # tokens that advance_ has added to each growing node
+    most_tokens: int | None = None  # of plans that may be written into this one (FlashInfer's CUDA graph mode)
     works: dict = field(default_factory=dict, repr=False)  # what GPU backends have prepared, by geometry
 
     @property
