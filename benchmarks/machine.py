@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tts_kernels.attention import cpu
+from tts_kernels.ceilings import gemm_rate, read_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
@@ -84,36 +84,6 @@ def cache_evictor() -> Callable[[], None]:
     dirty would be written back during the timed call."""
     buffer = torch.ones(max(256 << 20, 4 * last_level_cache()) // 4)
     return lambda: buffer.sum()
-
-
-def read_bandwidth(buffer_bytes: int) -> float:
-    """Bytes per second that all threads together read: the fastest of several passes of two reductions."""
-    floats = torch.ones(buffer_bytes // 4)
-    ints = floats.view(torch.int32)
-    return floats.nbytes / min(best_time(floats.sum), best_time(ints.amax))
-
-
-def gemm_rate(dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
-    """FLOP per second of torch.mm on random square matrices, the largest over the sizes. Larger sizes are left out once
-    one takes long: some types have no fast path on some machines."""
-    best = 0.0
-    for size in sizes:
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        seconds = best_time(lambda a=a, b=b: torch.mm(a, b))
-        best = max(best, 2 * size**3 / seconds)
-        if seconds > 0.1:
-            break
-    return best
-
-
-def best_time(function: Callable[[], object], least_calls: int = 4, least_seconds: float = 0.3) -> float:
-    best, end, calls = math.inf, time.perf_counter() + least_seconds, 0
-    while calls < least_calls or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-        calls += 1
-    return best
 
 
 def ceilings(buffer_bytes: int, gemm_sizes: tuple[int, ...], dtypes: dict[str, torch.dtype]) -> dict:

@@ -11,6 +11,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.def("plan_from_nodes", &tts::plan_from_nodes);
   m.def("cpu_tree_attention", &tts::cpu_tree_attention, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_count_work", &tts::cpu_count_work);
   m.def("cpu_append_kv", &tts::cpu_append_kv, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_merge_states", &tts::cpu_merge_states, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_code_paths", &tts::code_paths);

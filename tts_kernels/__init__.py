@@ -1,17 +1,27 @@
 """Kernels that make test-time scaling cheap: decode N samples over one shared KV tree, and know what it cost."""
 
 from tts_kernels._version import __version__
-from tts_kernels.attention import append_kv, decode_attention, merge_states, tree_attention, unsupported_reasons
+from tts_kernels.attention import (
+    Explanation,
+    append_kv,
+    decode_attention,
+    explain,
+    merge_states,
+    tree_attention,
+    unsupported_reasons,
+)
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
 from tts_kernels.tree.plan import TreePlan
 
 __all__ = [
+    "Explanation",
     "KVTree",
     "OutOfPages",
     "TreePlan",
     "__version__",
     "append_kv",
     "decode_attention",
+    "explain",
     "merge_states",
     "tree_attention",
     "unsupported_reasons",

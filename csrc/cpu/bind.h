@@ -2,6 +2,9 @@
 #pragma once
 
 #include <array>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "ops.h"
 
@@ -38,6 +41,18 @@ inline void cpu_tree_attention(Tensor2 out, int64_t lse, Tensor2 q, Tensor3 k, T
   p.window = window, p.causal = causal, p.scale = scale, p.softcap = softcap;
   p.q_dtype = DType(q_dtype), p.kv_dtype = DType(kv_dtype);
   run_tree_attention(p, threads);
+}
+
+// shape: rows, heads, kv heads, head_dim, nodes. Returns threads, states, items (see TreeWork).
+inline std::tuple<int, int64_t, std::vector<std::array<int, 3>>> cpu_count_work(int64_t nodes,
+                                                                                std::array<int64_t, 5> shape,
+                                                                                int threads) {
+  TreeAttentionParams p = {};
+  p.nodes = address<int32_t>(nodes);
+  p.num_rows = int32_t(shape[0]), p.num_heads = int32_t(shape[1]), p.num_kv_heads = int32_t(shape[2]);
+  p.head_dim = int32_t(shape[3]), p.num_nodes = int32_t(shape[4]);
+  TreeWork work = count_tree_attention(p, threads);
+  return {work.threads, work.num_states, std::move(work.items)};
 }
 
 // shape: rows, kv heads, page_size, bytes of a row, bytes of an element

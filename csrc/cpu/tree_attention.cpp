@@ -80,6 +80,8 @@ void make_schedule(const TreeAttentionParams& p, int threads, Schedule* s) {
                    [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
 }
 
+int threads_worth_waking(const Schedule& s, int threads) { return s.cost < kSerialCost ? 1 : threads; }
+
 }  // namespace
 
 void run_tree_attention(const TreeAttentionParams& p, int threads) {
@@ -88,7 +90,7 @@ void run_tree_attention(const TreeAttentionParams& p, int threads) {
   thread_local Schedule schedule;
   thread_local Arena arena;
   make_schedule(p, std::max(threads, 1), &schedule);
-  if (schedule.cost < kSerialCost) threads = 1;
+  threads = threads_worth_waking(schedule, threads);
 
   const int64_t dim = padded_head_dim(p.head_dim), count = schedule.num_states;
   float* base = reinterpret_cast<float*>(arena.at_least((count * (dim + 2) + 64) * int64_t(sizeof(float))));
@@ -124,6 +126,19 @@ void run_tree_attention(const TreeAttentionParams& p, int threads) {
         path.finish_row(p, states, row, scratch);
   }
   if (failure) std::rethrow_exception(failure);
+}
+
+TreeWork count_tree_attention(const TreeAttentionParams& p, int threads) {
+  if (p.num_rows == 0) return {1, 0, {}};
+  Schedule schedule;
+  make_schedule(p, std::max(threads, 1), &schedule);
+  TreeWork work = {threads_worth_waking(schedule, std::max(threads, 1)), schedule.num_states, {}};
+  for (const WorkItem& item : schedule.items) {
+    const int chunk = chunk_tokens(p.length(item.node));
+    const int tokens = std::min(p.length(item.node), item.chunk_end * chunk) - item.chunk_begin * chunk;
+    work.items.push_back({item.head_end - item.head_begin, (item.row_end - item.row_begin) * p.group(), tokens});
+  }
+  return work;
 }
 
 void run_merge_states(const MergeStatesParams& p, int threads) {

@@ -1,6 +1,7 @@
 """Which backends there are, what is said of those that are not, and how the CPU one shares the machine with torch."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -30,8 +31,8 @@ def test_reference_runs_everything():
         assert unsupported_reasons(op, "reference") == []
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_an_explicit_backend_raises_and_never_falls_back(backend):
+def test_an_explicit_backend_raises_and_never_falls_back():
+    backend = "cuda"
     inputs = cases.make_inputs(Case())
     (reason,) = unsupported_reasons("tree_attention", backend, inputs.q, *inputs.caches())
     assert reason == f"this version of tts_kernels has no {backend} backend for attention"
@@ -75,10 +76,49 @@ def test_on_a_wrong_device_the_cpu_backend_says_so():
     )
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def run_python(code: str, **environment: str | None) -> str:
+    """With environment variables changed, or removed where None."""
+    env = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+ON_CPU_TENSORS = """
+import torch, tts_kernels as tts
+q, cache = torch.randn(1, 2, 16), torch.randn(1, 4, 2, 16)
+print(tts.unsupported_reasons("tree_attention", "triton", q, cache, cache))
+plan = tts.TreePlan.from_nodes([-1], [3], [[0]], [1], page_size=4)
+try:
+    tts.tree_attention(q, cache, cache, plan, backend="triton")
+    print("ran")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_takes_cpu_tensors_under_the_interpreter_alone():
+    reason = "it runs on CPU tensors only if TRITON_INTERPRET=1 is set before the backend is first used"
+    without = run_python(ON_CPU_TENSORS, TRITON_INTERPRET=None).splitlines()
+    assert without == [repr([reason]), f"backend 'triton' cannot run tree_attention: {reason}"]
+    assert run_python(ON_CPU_TENSORS, TRITON_INTERPRET="1").splitlines() == ["[]", "ran"]
+
+
+def test_importing_the_package_imports_no_triton():
+    assert run_python("import sys, tts_kernels; print('triton' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.parametrize("path", [path for path in paths.ALL if path.backend == "triton"], ids=str)
+def test_batch_invariant_mode(path, monkeypatch):
+    if path.missing():
+        pytest.skip(path.missing())
+    monkeypatch.setenv("TTS_KERNELS_BATCH_INVARIANT", "1")
+    inputs = cases.make_inputs(Case(heads=(4, 2)))
+    cases.check(inputs, path)
+    monkeypatch.setenv("TTS_KERNELS_BATCH_INVARIANT", "yes")
+    with pytest.raises(ValueError, match="TTS_KERNELS_BATCH_INVARIANT: expected 0 or 1, got 'yes'"):
+        cases.run(inputs, path)
 
 
 CALL = """

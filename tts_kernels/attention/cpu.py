@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from tts_kernels import _C
+from tts_kernels.tree.plan import TreePlan
 
 from .cast import to_cache_dtype
+from .counts import WorkCounts
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 MAX_HEAD_DIM = 256
 MAX_GROUP = 512  # query heads per KV head: one row's heads stay in one work item
+LANES = {"portable": 4, "avx2": 8}  # packed rows of a vector: TTS_VECTOR_WIDTH in csrc/cpu/isa; 16 in the others
 
 
 def isas() -> list[str]:
@@ -66,6 +69,39 @@ def tree_attention(
         DTYPES[k_cache.dtype],
         torch.get_num_threads(),
     )
+
+
+def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]]) -> WorkCounts:
+    """The schedule that the next call would make, with as many threads as torch has now."""
+    num_rows, num_heads, head_dim = q.shape
+    isa = active_isa()
+    tiles = isa.startswith("amx") and q.dtype == torch.bfloat16  # as run_amx in csrc/cpu/amx_path.h
+    shape = (num_rows, num_heads, k_cache.shape[2], head_dim, plan.num_nodes)
+    threads, states, items = _C.cpu_count_work(plan.nodes.data_ptr(), shape, torch.get_num_threads())
+    return WorkCounts(
+        config=f"{isa}{'' if tiles or not isa.startswith('amx') else ' (FMA items: q is not bfloat16)'}, "
+        f"{threads} thread{'s' * (threads != 1)}",
+        work_items=len(items),
+        launches=None,
+        kv_loads=sum(kv_heads * tokens for kv_heads, _, tokens in items),
+        states=states,
+        flops=sum(h * issued_flops(packed, t, head_dim, LANES.get(isa, 16), tiles) for h, packed, t in items),
+    )
+
+
+def issued_flops(packed: int, tokens: int, head_dim: int, lanes: int, tiles: bool) -> int:
+    """Of an item, for one KV head. FMA items pad rows to a vector in the first product and head_dim in the second. AMX
+    tiles pad head_dim to 32, rows to 16, tokens to 32; in the first product, for a rest of 16 rows, to 16."""
+    rows = up(packed, lanes)
+    if not tiles:
+        return 2 * tokens * (rows * head_dim + packed * up(head_dim, lanes))
+    single = rows % 32
+    scores = (rows - single) * up(tokens, 32) + single * up(tokens, 16)
+    return 2 * up(head_dim, 32) * (scores + rows * up(tokens, 32))
+
+
+def up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
 
 
 def append_kv(k, v, k_cache, v_cache, slots):

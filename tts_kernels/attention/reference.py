@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PAGE_BEGIN, POSITION, ROWS_END
+from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PAGE_BEGIN, POSITION, ROWS_END, TreePlan
 
 from .cast import to_cache_dtype
+from .counts import WorkCounts
 
 # Scores held at a time, so that a long prompt with many rows of its own does not ask for the square of its length.
 MAX_SCORES = 1 << 24
@@ -62,7 +63,7 @@ def tree_attention(
             k = k_cache[page, token % page_size].to(torch.float32)  # [T, Hkv, D]
             v = v_cache[page, token % page_size].to(torch.float32)
 
-            block = max(1, MAX_SCORES // (num_q_heads * length))
+            block = row_block(num_q_heads, length)
             for begin in range(own_begin, rows_end, block):
                 row = torch.arange(begin, min(begin + block, rows_end), device=q.device)
                 scores = torch.einsum("rhgd,thd->rhgt", q[row], k)
@@ -83,6 +84,25 @@ def tree_attention(
     out.index_copy_(0, order, result.view(num_rows, num_q_heads, head_dim).to(out.dtype))
     if lse is not None:
         lse.index_copy_(0, order, state.lse().view(num_rows, num_q_heads))
+
+
+def row_block(num_q_heads: int, length: int) -> int:
+    """Rows that take a node's tokens at a time."""
+    return max(1, MAX_SCORES // (num_q_heads * length))
+
+
+def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]]) -> WorkCounts:
+    """A node's KV is gathered once for all its rows; the running state of each of them is read and written."""
+    num_q_heads, head_dim = q.shape[1:]
+    served = [(t, e - b) for t, b, e in zip(nodes[LENGTH], nodes[OWN_BEGIN], nodes[ROWS_END]) if t > 0 and e > b]
+    return WorkCounts(
+        config="plain torch",
+        work_items=sum(-(-rows // row_block(num_q_heads, length)) for length, rows in served),
+        launches=None,
+        kv_loads=k_cache.shape[2] * sum(length for length, _ in served),
+        states=num_q_heads * sum(rows for _, rows in served),
+        flops=4 * num_q_heads * head_dim * sum(length * rows for length, rows in served),
+    )
 
 
 class OnlineSoftmax:
