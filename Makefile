@@ -59,6 +59,7 @@ bench: $(READY)
 # Figures of unchanged kernels are kept in build/static.
 static: $(READY)
 	$(PY) -m benchmarks.static $(ARGS)
+	$(PY) -m benchmarks.roofline
 
 lint: $(READY)
 	$(PY) -m ruff check .

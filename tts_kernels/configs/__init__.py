@@ -70,8 +70,8 @@ def tree_config(
         for entry in shipped("tree_attention"):
             if entry["for"] == name and all(entry[k] == v for k, v in key.items()):
                 values |= entry["config"] | {"source": f"tree_attention.json, {name}"}
-    # As many programs for the longest node as a large GPU runs at a time; fewer states to merge where heads fill it.
-    values.setdefault("max_chunks", min(max(256 // num_kv_heads, 16), 128))
+    # A long node's prefix rows are many, and each chunk costs each of them a state: few chunks, unless heads are few.
+    values.setdefault("max_chunks", min(max(64 // num_kv_heads, 16), 64))
     config = TreeConfig(**values)
     return config.invariant() if batch_invariant() else config
 
