@@ -1,1 +1,1 @@
-"""tts_kernels inside other stacks. Each module imports its stack: import the one you need."""
+"""Drop-ins for other stacks, a module each. One that works inside a stack imports it; `flashinfer` needs none."""
