@@ -50,6 +50,11 @@ class Attention:
     cache_bytes: int = 8 << 30
     archs: tuple[str, ...] = tuple(ARCHS)
 
+    def takes(self, entry: dict, arch: str) -> bool:
+        """Whether it is compiled with this entry of tree_attention.json, as far as shapes go."""
+        sizes = configs.block_dim(self.head_dim), self.q.itemsize, (self.cache or self.q).itemsize
+        return arch in self.archs and sizes == (entry["block_dim"], entry["q_bytes"], entry["kv_bytes"])
+
 
 ATTENTION = (
     Attention("bf16"),
@@ -62,6 +67,8 @@ ATTENTION = (
     Attention("bf16 D=256", heads=(16, 8), head_dim=256, page_size=32),
     Attention("fp16", FP16, archs=("sm_90", "gfx942")),
     Attention("bf16 fp8", BF16, FP8, extras=True),
+    Attention("bf16 fp8 D=64", BF16, FP8, heads=(32, 8), head_dim=64, archs=("sm_90", "sm_100")),
+    Attention("bf16 fp8 D=256", BF16, FP8, heads=(16, 8), head_dim=256, archs=("sm_90", "sm_100")),
     Attention("fp32", FP32),
 )
 
@@ -70,6 +77,9 @@ def cases(arch: str) -> Iterator[StaticCase]:
     shipped = {entry["for"] for entry in configs.shipped("tree_attention")}
     if unknown := shipped - DEVICES.keys() - set(DEVICES.values()):
         raise ValueError(f"DEVICES: expected every device of tree_attention.json, got none for {sorted(unknown)}")
+    for entry in configs.shipped("tree_attention"):
+        if DEVICES.get(entry["for"], entry["for"]) == arch and not any(a.takes(entry, arch) for a in ATTENTION):
+            raise ValueError(f"ATTENTION: expected a case for every entry of tree_attention.json, got none for {entry}")
     for device in (arch, *(name for name in DEVICES if DEVICES[name] == arch and name in shipped)):
         with (
             mock.patch.object(backend, "device_kind", lambda _, device=device: (device, arch)),
