@@ -121,6 +121,20 @@ def test_offsets_past_2_31_elements(backend):
     assert torch.equal(k_cache.view(-1, 8, 128)[slots], k) and torch.equal(v_cache.view(-1, 8, 128)[slots], -k)
 
 
+def test_strides_past_2_31_elements(backend):
+    """A slot-major cache: the slots of a page lie far apart."""
+    num_pages = 140_000
+    caches = [torch.zeros(16, num_pages, 8, 128, dtype=BF16, device=DEVICE).transpose(0, 1) for _ in "kv"]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for cache in caches:
+        cache[-4:] = torch.randn(4, 16, 8, 128, generator=generator, device=DEVICE).to(BF16)
+    pages = list(range(num_pages - 4, num_pages))
+    plan = TreePlan.from_nodes([-1], [60], [pages], [1], page_size=16, device=DEVICE)
+    q = torch.randn(1, 32, 128, generator=generator, device=DEVICE).to(BF16)
+    got, expected = (tree_attention(q, *caches, plan, return_lse=True, backend=b) for b in (backend, "reference"))
+    assert_near(got, expected)
+
+
 def test_merge_of_many_states(backend):
     generator = torch.Generator(DEVICE).manual_seed(0)
     out = torch.randn(40, 300, 160, 128, generator=generator, device=DEVICE).to(BF16)
@@ -154,6 +168,25 @@ def test_siblings_change_no_bit_in_batch_invariant_mode(backend, monkeypatch):
         got = tree_attention(whole.q[rows], whole.k_cache, whole.v_cache, few.plan(device=DEVICE), return_lse=True,
                              backend=backend)  # fmt: skip
         assert torch.equal(got[0], out[rows]) and torch.equal(got[1], lse[rows])
+
+
+@pytest.mark.parametrize("window", [-1, 300])
+def test_siblings_of_a_row_that_meets_masked_blocks_change_no_bit(backend, window, monkeypatch):
+    """Whether a block is masked depends on the tile: rows of an inner node beside its leaves' rows, and leaves of
+    different lengths under a window."""
+    monkeypatch.setenv("TTS_KERNELS_BATCH_INVARIANT", "1")
+    leaves = 40
+    forest = Forest([-1, 0, *[1] * leaves], [1000, 128, *[10 if i % 2 else 200 for i in range(leaves)]],
+                    [0, 2, *[1] * leaves], 16).place(random.Random(0))  # fmt: skip
+    whole = Call(forest)
+    out, lse = whole.run(backend, window=window)
+    for leaf in (2, 3, 31):
+        nodes = [0, 1, leaf]
+        alone = Forest([-1, 0, 1], [forest.length[n] for n in nodes], [0, 0, 1], 16, [forest.pages[n] for n in nodes])
+        row = [leaf]  # after the two of node 1
+        got = tree_attention(whole.q[row], whole.k_cache, whole.v_cache, alone.plan(device=DEVICE), window=window,
+                             return_lse=True, backend=backend)  # fmt: skip
+        assert torch.equal(got[0], out[row]) and torch.equal(got[1], lse[row])
 
 
 def test_a_call_neither_waits_nor_allocates(backend):
@@ -230,9 +263,24 @@ def test_capture_before_any_call_says_what_to_do(backend):
     call.run(backend)  # compiles
     compiled = torch.compile(tree_attention, fullgraph=True, backend="aot_eager")
     fresh = call.forest.plan(device=DEVICE)
-    compiled(call.q, call.k_cache, call.v_cache, call.plan, backend=backend)
-    with pytest.raises(RuntimeError, match="used once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        compiled(call.q, call.k_cache, call.v_cache, fresh, backend=backend)
+    # Traced before the capture, with a plan that has no work list either.
+    compiled(call.q, call.k_cache, call.v_cache, call.forest.plan(device=DEVICE), backend=backend)
+    for attend in (compiled, tree_attention):
+        with pytest.raises(RuntimeError, match="used once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            attend(call.q, call.k_cache, call.v_cache, fresh, backend=backend)
+
+
+def test_shipped_configs_are_the_ones_used():
+    """An architecture that has entries in tree_attention.json takes them."""
+    from tts_kernels import configs
+    from tts_kernels.attention.triton import config_of, device_kind
+
+    name, arch = device_kind(torch.device(DEVICE, torch.cuda.current_device()))
+    entries = [entry for entry in configs.shipped("tree_attention") if entry["for"] in (name, arch)]
+    if not entries:
+        pytest.skip(f"no config is shipped for {name}, {arch}")
+    q = torch.empty(1, 8, 128, dtype=BF16, device=DEVICE)
+    assert config_of(q, q.new_empty(1, 16, 2, 128)).source.startswith("tree_attention.json")
 
 
 def test_compiled_on_a_gpu(backend):

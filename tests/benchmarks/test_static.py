@@ -275,3 +275,43 @@ def test_shipped_launches(tmp_path):
     done = run(tmp_path, "--cases", "benchmarks.static.cases", "--only", "append_kv bf16 to bf16", "--update-limits")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(ARCHS)} kernels" in done.stdout
+
+
+VARIANTS = """
+import torch
+from unittest import mock
+from benchmarks.static.archs import ARCHS
+from benchmarks.static.compiling import StaticCase, recorded_launches, specialised
+from tts_kernels.attention import triton as backend
+from tts_kernels.tree.plan import TreePlan
+
+seen = {}
+with mock.patch.object(backend, "device_kind", return_value=("NVIDIA H200", "sm_90")):
+    for leaves in range(1, 33):
+        for chain in range(1, 5):
+            parent = [i - 1 for i in range(chain)] + [chain - 1] * leaves
+            lengths = [32] * chain + [20] * leaves
+            pages = [[2 * i, 2 * i + 1] for i in range(len(lengths))]
+            plan = TreePlan.from_nodes(parent, lengths, pages, [0] * chain + [1] * leaves, page_size=16)
+            q = torch.empty(leaves, 28, 128, dtype=torch.bfloat16)
+            k, v = torch.empty(2, 300, 16, 4, 128, dtype=torch.bfloat16)
+            work = backend.prepare(plan, q, k)
+            given = (plan.nodes, plan.pages, plan.rows, 16, True, 0.1, 0.0, leaves, None, None, None)
+            lists = (work.table, work.scratch, work.tile)
+            with recorded_launches() as launches:
+                backend.tree_attention(torch.empty_like(q), None, q, k, v, *given, lists)
+            for kernel, args, kwargs in launches:
+                source, options = specialised(StaticCase("", kernel, args, kwargs), ARCHS["sm_90"])
+                seen.setdefault(kernel.__name__, set()).add((source.hash(), str(options)))
+print({name: len(variants) for name, variants in seen.items()})
+"""
+
+
+def test_a_tree_of_another_size_compiles_nothing():
+    """Any number of rows, nodes and window positions: one kernel of each kind, while heads, dtypes and options stay.
+    What depends on them is an argument that Triton does not specialise for."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", VARIANTS]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'tree_tiles': 1, 'merge_tree': 1}"

@@ -399,6 +399,14 @@ def test_flashinfer_program(path):
             torch.testing.assert_close(out[i].double(), expected, rtol=2e-3, atol=5e-4)
 
 
+@pytest.mark.parametrize("path", ALL)
+def test_a_window_as_large_as_int32_hides_nothing(path):
+    """Rows beyond their segment's tokens have negative positions there: the two must not add up beyond int32."""
+    cascade = place(random.Random(3), [[0, 6], [0, 6]], [[3], [1]], 4)
+    case = replace(STEP, causal=True, window=2**31 - 1)
+    check(cascade, case, path)
+
+
 # CUDA graph mode. On the CPU too: later plans land in the first one's tensors, which is what a captured run reads.
 
 
@@ -517,6 +525,7 @@ def test_captured_run_follows_later_plans():
     shape = (2, NOW.num_pages + NEXT.num_pages, 4, 1, STEP.head_dim)
     k_cache, v_cache = torch.full(shape, torch.nan, device="cuda").unbind(0)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         wrapper.run(q_buffer, (k_cache, v_cache), backend="triton")  # compiles, and makes the work list
     torch.cuda.synchronize()

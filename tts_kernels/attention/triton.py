@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 
 import torch
 import triton
@@ -18,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tts_kernels.configs import TreeConfig, block_dim, tree_config
-from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, ROWS_END, TreePlan
+from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, ROWS_END, TreePlan
 
 from . import triton_states, triton_tree
 from .counts import WorkCounts
-from .work import Work, make_work, num_chunks, work_lists, work_of_lists
+from .work import Work, make_work, most_chunks, num_chunks, work_lists, work_of_lists
 
 INTERPRETED = not isinstance(triton_tree.tree_tiles, triton.JITFunction)
 FP8 = torch.float8_e4m3fn
@@ -48,6 +49,7 @@ def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
 
 def prepare(plan: TreePlan, q: Tensor, k_cache: Tensor) -> Work:
     """The work list of the plan for this geometry."""
+    refuse_capture(q)
     num_q_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[2]
     return make_work(plan, num_q_heads, num_kv_heads, head_dim, config_of(q, k_cache))
@@ -64,8 +66,11 @@ def device_kind(device: torch.device) -> tuple[str, str]:
     if INTERPRETED:
         return "interpreter", "interpreter"
     properties = torch.cuda.get_device_properties(device)
-    arch = getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm_{properties.major}{properties.minor}"
-    return properties.name, arch
+    # CUDA builds of torch have gcnArchName too: the device's name.
+    hip = torch.version.hip is not None
+    return properties.name, properties.gcnArchName.partition(":")[
+        0
+    ] if hip else f"sm_{properties.major}{properties.minor}"
 
 
 def tree_attention(
@@ -98,13 +103,15 @@ def tree_attention(
                 NARROW_ROWS=config.narrow_rows, NARROW_TOKENS=config.narrow_tokens,
                 MIN_CHUNK=config.min_chunk, MAX_CHUNKS=config.max_chunks,
                 num_warps=config.num_warps, num_stages=config.num_stages,
+                # Contracted, masked and unmasked blocks round differently, and which a row meets depends on siblings.
+                enable_fp_fusion=config.narrow_rows > 0,
             )  # fmt: skip
         with rounded(out) as result:
             triton_tree.merge_tree[(num_rows, triton.cdiv(num_q_heads, heads))](
                 result, result.stride(0), result.stride(1), lse, nodes, num_nodes, rows, num_rows,
                 path_chunks, first_state, states, sums, sinks, v_scale,
                 NUM_Q_HEADS=num_q_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=dim,
-                BLOCK_HEADS=heads, BLOCK_STATES=MERGE_STATES,
+                BLOCK_HEADS=heads, BLOCK_STATES=MERGE_STATES, WIDE_ROWS=config.wide_rows,
                 MIN_CHUNK=config.min_chunk, MAX_CHUNKS=config.max_chunks, num_warps=4,
             )  # fmt: skip
 
@@ -112,11 +119,12 @@ def tree_attention(
 def work_without_plan(nodes: Tensor, q: Tensor, k_cache: Tensor) -> tuple:
     """For a call that came without the plan's work list: a compiled function that was traced before the plan had one.
     Reads the nodes back from the device."""
-    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "plan: expected one that has been used once with these shapes before a CUDA graph is captured (the first "
-            "call makes its work list), got one that has not"
-        )
+    refuse_capture(q)
+    warnings.warn(
+        "a compiled tree_attention without a work list makes one in every call and waits for the device: call "
+        "tree_attention once outside of torch.compile for each plan",
+        stacklevel=2,
+    )
     config = config_of(q, k_cache)
     lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, q.shape[1] // k_cache.shape[2], config)
     work = work_of_lists(lists, q.shape[1], q.shape[2], config, q.device)
@@ -131,15 +139,17 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
     kept = plan.works.get((num_q_heads, num_kv_heads, head_dim, q.dtype, k_cache.dtype))
     config = kept.config if kept else config_of(q, k_cache)
     items = kv_loads = states = products = 0
-    for length, begin, end in zip(nodes[LENGTH], nodes[OWN_BEGIN], nodes[ROWS_END]):
-        packed = (end - begin) * num_q_heads // num_kv_heads
+    group = num_q_heads // num_kv_heads
+    for length, begin, own_end, end in zip(*(nodes[i] for i in (LENGTH, OWN_BEGIN, OWN_END, ROWS_END))):
+        chunks = num_chunks(length, most_chunks(own_end - begin, group, config), config)
+        packed = (end - begin) * group
         rows, tokens = config.wide_rows, config.wide_tokens
         if packed <= config.narrow_rows:
             rows, tokens = config.narrow_rows, config.narrow_tokens
         tiles = triton.cdiv(packed, rows) if packed else 0
-        items += tiles * num_chunks(length, config)
+        items += tiles * chunks
         kv_loads += tiles * length
-        states += num_chunks(length, config) * packed
+        states += chunks * packed
         # Chunks are whole blocks, but for the last of a node.
         products += tiles * rows * triton.cdiv(length, tokens) * tokens
     tiles_launched = items > 0 or plan.most_tokens is not None
@@ -151,6 +161,14 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
         states=states * num_kv_heads,
         flops=4 * block_dim(head_dim) * products * num_kv_heads,
     )
+
+
+def refuse_capture(q: Tensor) -> None:
+    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "plan: expected one that has been used once with these shapes before a CUDA graph is captured (the first "
+            "call makes its work list), got one that has not"
+        )
 
 
 def append_kv(k, v, k_cache, v_cache, slots):

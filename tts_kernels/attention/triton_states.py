@@ -42,14 +42,14 @@ def append_rows(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    head = tl.arange(0, BLOCK_HEADS)[:, None].to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)[None, :]
     mask = (head < NUM_KV_HEADS) & (dim < HEAD_DIM)
     x = tl.load(new + row.to(tl.int64) * new_row + head * new_head + dim, mask=mask)
     if TO_FP8:
         x = to_e4m3_bits(x.to(tl.float32))
     place = cache + (slot // PAGE_SIZE) * cache_page + (slot % PAGE_SIZE) * cache_slot
-    tl.store(place + head.to(tl.int64) * cache_head + dim, x, mask=mask)
+    tl.store(place + head * cache_head + dim, x, mask=mask)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def append_kv(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_states", "num_heads", "num_pairs"])
 def merge_states(
     out,  # [S, R, H, HEAD_DIM]
     out_state,

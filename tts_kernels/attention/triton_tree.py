@@ -29,10 +29,18 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def chunk_tokens(length, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
-    """Tokens per chunk of a node, by its length alone: a result does not depend on who else shares the node. The same
-    as work.chunk_tokens."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, MAX_CHUNKS), MIN_CHUNK), 1) * MIN_CHUNK
+def chunk_tokens(
+    length,
+    own_rows,
+    GROUP: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+):
+    """Tokens per chunk of a node, by its length and its own rows: a result does not depend on who else shares the node.
+    The same as work.chunk_tokens."""
+    most = tl.maximum(MAX_CHUNKS // tl.maximum(tl.cdiv(own_rows * GROUP, WIDE_ROWS), 1), 1)
+    return tl.maximum(tl.cdiv(tl.cdiv(length, most), MIN_CHUNK), 1) * MIN_CHUNK
 
 
 @triton.jit
@@ -89,7 +97,7 @@ def attend_block(
             mask = None
         else:
             mask = (dim < HEAD_DIM)[None, :]
-    slot = token % PAGE_SIZE
+    slot = (token % PAGE_SIZE).to(tl.int64)
     keys = load_kv(k + (page * k_page + slot * k_slot)[:, None] + dim[None, :], mask, FP8_BITS, DOT)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [BLOCK_ROWS, BLOCK_TOKENS]
     if SOFTCAP:
@@ -167,7 +175,7 @@ def attend_tile(
     rows_end = tl.load(nodes + ROWS_END * num_nodes + node)
 
     row = own_begin + packed // GROUP
-    head = kv_head * GROUP + packed % GROUP
+    head = (kv_head * GROUP + packed % GROUP).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     valid = row < rows_end
     mine = valid[:, None] & (dim < HEAD_DIM)[None, :]
@@ -181,7 +189,8 @@ def attend_tile(
         owner = tl.load(rows + num_rows + row, mask=valid, other=0)
         last = tl.load(nodes + POSITION * num_nodes + owner) + tl.load(nodes + LENGTH * num_nodes + owner)
         row_position = last - tl.load(nodes + OWN_END * num_nodes + owner) + row
-        first = tl.maximum(0, row_position - position - window)
+        # The inner maximum first: positions may be negative, and the window as large as int32 goes.
+        first = tl.maximum(0, tl.maximum(row_position - position, 0) - window)
     end = tl.minimum(chunk_end, tl.max(tl.where(valid, stop, 0)))
     seen = begin
     if WINDOW:
@@ -224,7 +233,11 @@ def attend_tile(
     tl.store(sums + place * 2 + 1, total, mask=valid)
 
 
-@triton.jit
+# What changes from plan to plan makes no other kernel, by its value or its alignment. (`states` begins the scratch.)
+@triton.jit(
+    do_not_specialize=["num_nodes", "num_rows", "window"],
+    do_not_specialize_on_alignment=["nodes", "pages", "rows", "items", "path_chunks", "first_state", "sums", "k_scale"],
+)
 def tree_tiles(
     q,  # [R, Hq, HEAD_DIM]
     q_row,
@@ -275,7 +288,8 @@ def tree_tiles(
     chunk = tl.load(item + 2)
     wide = tl.load(item + 3)
     length = tl.load(nodes + LENGTH * num_nodes + node)
-    tokens = chunk_tokens(length, MIN_CHUNK, MAX_CHUNKS)
+    own_rows = tl.load(nodes + OWN_END * num_nodes + node) - tl.load(nodes + OWN_BEGIN * num_nodes + node)
+    tokens = chunk_tokens(length, own_rows, GROUP, WIDE_ROWS, MIN_CHUNK, MAX_CHUNKS)
     begin = chunk * tokens
     end = tl.minimum(begin + tokens, length)
     if k_scale is not None:
@@ -300,7 +314,12 @@ def tree_tiles(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_nodes", "num_rows"],
+    do_not_specialize_on_alignment=[
+        "lse", "nodes", "rows", "path_chunks", "first_state", "sums", "sinks", "v_scale",
+    ],
+)  # fmt: skip
 def merge_tree(
     out,  # [R, Hq, HEAD_DIM], written
     out_row,
@@ -322,17 +341,20 @@ def merge_tree(
     BLOCK_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     heads = head < NUM_Q_HEADS
     source = tl.load(rows + row).to(tl.int64)
     owner = tl.load(rows + num_rows + row)
     length = tl.load(nodes + LENGTH * num_nodes + owner)
-    num_states = tl.load(path_chunks + owner) + tl.cdiv(length, chunk_tokens(length, MIN_CHUNK, MAX_CHUNKS))
+    own_rows = tl.load(nodes + OWN_END * num_nodes + owner) - tl.load(nodes + OWN_BEGIN * num_nodes + owner)
+    tokens = chunk_tokens(length, own_rows, GROUP, WIDE_ROWS, MIN_CHUNK, MAX_CHUNKS)
+    num_states = tl.load(path_chunks + owner) + tl.cdiv(length, tokens)
     begin = tl.load(first_state + row).to(tl.int64)
 
     acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)

@@ -42,21 +42,27 @@ class Work:
                 c.num_stages]  # fmt: skip
 
 
-def chunk_tokens(length: int, config: TreeConfig) -> int:
-    """Tokens per chunk of a node, by its length alone."""
-    blocks = -(-length // config.max_chunks)
-    return max(-(-blocks // config.min_chunk), 1) * config.min_chunk
+def most_chunks(own_rows: int, group: int, config: TreeConfig) -> int:
+    """Of a node, by its own rows: where they fill many tiles, they fill the GPU without chunks, and each chunk would
+    cost each of them a state."""
+    return max(config.max_chunks // max(-(-own_rows * group // config.wide_rows), 1), 1)
 
 
-def num_chunks(length: int, config: TreeConfig) -> int:
-    return -(-length // chunk_tokens(length, config))
+def chunk_tokens(length: int, most: int, config: TreeConfig) -> int:
+    """Tokens per chunk of a node that is cut into at most `most`."""
+    tokens = -(-length // most)
+    return max(-(-tokens // config.min_chunk), 1) * config.min_chunk
 
 
-def most_chunks(length: int, spare: int, config: TreeConfig) -> int:
-    """Of a node whose length may become anything from `length` to `length + spare`."""
+def num_chunks(length: int, most: int, config: TreeConfig) -> int:
+    return -(-length // chunk_tokens(length, most, config))
+
+
+def chunks_within(length: int, spare: int, most: int, config: TreeConfig) -> int:
+    """The most chunks of a node whose length may become anything from `length` to `length + spare`."""
     if spare == 0:
-        return num_chunks(length, config)
-    return min(config.max_chunks, -(-(length + spare) // config.min_chunk))
+        return num_chunks(length, most, config)
+    return min(most, -(-(length + spare) // config.min_chunk))
 
 
 def make_work(plan: TreePlan, num_q_heads: int, num_kv_heads: int, head_dim: int, config: TreeConfig) -> Work:
@@ -95,7 +101,9 @@ def work_lists(
     config: TreeConfig,
 ) -> Lists:
     parents, lengths, begins, own_ends, ends = (nodes[i] for i in (PARENT, LENGTH, OWN_BEGIN, OWN_END, ROWS_END))
-    chunks = [most_chunks(length, spare * grow, config) for length, grow in zip(lengths, grows)]
+    own_rows = [end - begin for begin, end in zip(begins, own_ends)]
+    most = [most_chunks(count, group, config) for count in own_rows]
+    chunks = [chunks_within(length, spare * grow, m, config) for length, grow, m in zip(lengths, grows, most)]
     above: list[int] = []  # chunks of the strict ancestors; parents come first
     for parent in parents:
         above.append(above[parent] + chunks[parent] if parent >= 0 else 0)
@@ -104,12 +112,11 @@ def work_lists(
     num_states = 0
     for node in range(len(parents)):
         states = above[node] + chunks[node]
-        count = own_ends[node] - begins[node]
-        first_state += [num_states + states * j for j in range(count)]
-        num_states += states * count
+        first_state += [num_states + states * j for j in range(own_rows[node])]
+        num_states += states * own_rows[node]
 
     # By the tokens of a chunk, longest first; the sort is stable, so that the tiles of a chunk stay together.
-    order = sorted(range(len(parents)), key=lambda n: -min(lengths[n], chunk_tokens(lengths[n], config)))
+    order = sorted(range(len(parents)), key=lambda n: -min(lengths[n], chunk_tokens(lengths[n], most[n], config)))
     items: list[int] = []
     for node in order:
         packed = (ends[node] - begins[node]) * group
@@ -125,8 +132,8 @@ def most_work(plan: TreePlan, group: int, config: TreeConfig) -> tuple[int, int]
     """(items, states) of any tree of as many nodes and rows, as deep, with at most plan.most_tokens tokens."""
     packed = plan.num_rows * group
     chunks = plan.most_tokens // config.min_chunk + plan.num_nodes  # each node rounds up by less than one
-    tiles = packed // (config.narrow_rows or config.wide_rows) + plan.num_nodes  # of one level
-    num_items = min(chunks * -(-packed // config.wide_rows), plan.depth * tiles * config.max_chunks)
+    tiles = plan.depth * (packed // config.wide_rows) + plan.num_nodes  # the last of a node; a narrow node has one
+    num_items = min(chunks * -(-packed // config.wide_rows), tiles * config.max_chunks)
     path = min(plan.depth * config.max_chunks, plan.most_tokens // config.min_chunk + plan.depth)
     return num_items, plan.num_rows * path
 

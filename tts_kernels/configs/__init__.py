@@ -34,6 +34,8 @@ class TreeConfig:
             raise ValueError(f"narrow_rows: expected 0 or a power of two, got {self.narrow_rows}")
         if self.min_chunk < 1 or self.min_chunk % max(self.wide_tokens, self.narrow_tokens):
             raise ValueError(f"min_chunk: expected a multiple of wide_tokens and narrow_tokens, got {self.min_chunk}")
+        if self.narrow_rows > self.wide_rows:
+            raise ValueError(f"narrow_rows: expected at most wide_rows = {self.wide_rows}, got {self.narrow_rows}")
         if self.max_chunks < 1 or self.num_stages < 1:
             raise ValueError("max_chunks, num_stages: expected at least 1")
 
