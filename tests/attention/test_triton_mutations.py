@@ -33,7 +33,7 @@ MUTATIONS = [
         1,
         "length - own_end + row + 2)",
     ),
-    ("window border: one token early", "row_position - position - window)", 1, "row_position - position - window - 1)"),
+    ("window border: one token early", "position, 0) - window)", 1, "position, 0) - window - 1)"),
     (
         "split border: a chunk begins one token late",
         "    begin = chunk * tokens\n",
@@ -55,7 +55,7 @@ MUTATIONS = [
         "chunk",
     ),
     ("page lookup: the page of the next token", "pages + token // PAGE_SIZE", 2, "pages + (token + 1) // PAGE_SIZE"),
-    ("page lookup: the slot of the next token", "slot = token % PAGE_SIZE", 1, "slot = (token + 1) % PAGE_SIZE"),
+    ("page lookup: the slot of the next token", "slot = (token % PAGE_SIZE)", 1, "slot = ((token + 1) % PAGE_SIZE)"),
 ]
 
 
