@@ -4,12 +4,14 @@
 
 #include "cpu/bind.h"
 #include "cpu/code_path.h"
+#include "tree/pack.h"
 #include "tree/plan.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.def("plan_from_nodes", &tts::plan_from_nodes);
+  m.def("token_bytes", &tts::token_bytes);
   m.def("cpu_tree_attention", &tts::cpu_tree_attention, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_count_work", &tts::cpu_count_work);
   m.def("cpu_append_kv", &tts::cpu_append_kv, py::call_guard<py::gil_scoped_release>());

@@ -11,18 +11,22 @@ from tts_kernels.attention import (
     unsupported_reasons,
 )
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
+from tts_kernels.tree.pack import PackedTree, pack, pack_many
 from tts_kernels.tree.plan import TreePlan
 
 __all__ = [
     "Explanation",
     "KVTree",
     "OutOfPages",
+    "PackedTree",
     "TreePlan",
     "__version__",
     "append_kv",
     "decode_attention",
     "explain",
     "merge_states",
+    "pack",
+    "pack_many",
     "tree_attention",
     "unsupported_reasons",
 ]
