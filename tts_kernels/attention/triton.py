@@ -1,4 +1,4 @@
-"""The triton backend: NVIDIA and AMD GPUs; CPU tensors where TRITON_INTERPRET=1 was set before the import.
+"""The triton backend: NVIDIA and AMD GPUs; CPU tensors where TRITON_INTERPRET=1 was set before its import.
 
 A call of tree_attention is two launches, merge_states and append_kv are one. Nothing synchronises, and nothing is
 allocated but results: the work list and the partial states belong to the plan (work.py), and are made by the first call
@@ -66,11 +66,9 @@ def device_kind(device: torch.device) -> tuple[str, str]:
     if INTERPRETED:
         return "interpreter", "interpreter"
     properties = torch.cuda.get_device_properties(device)
-    # CUDA builds of torch have gcnArchName too: the device's name.
-    hip = torch.version.hip is not None
-    return properties.name, properties.gcnArchName.partition(":")[
-        0
-    ] if hip else f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:  # CUDA builds of torch have gcnArchName too: the device's name
+        return properties.name, properties.gcnArchName.partition(":")[0]
+    return properties.name, f"sm_{properties.major}{properties.minor}"
 
 
 def tree_attention(
