@@ -144,7 +144,7 @@ def test_doctor(capsys):
 def test_doctor_says_why_the_native_module_is_missing(monkeypatch, capsys):
     from tts_kernels.attention import api
 
-    monkeypatch.setitem(api._loaded, "cpu", "the cpu backend is not built: no compiler")
+    monkeypatch.setitem(api.BACKENDS.loaded, "cpu", "the cpu backend is not built: no compiler")
     assert cli.main(["doctor"]) == 0
     assert "no: the cpu backend is not built: no compiler" in capsys.readouterr().out
 

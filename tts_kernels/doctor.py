@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .attention import api
+from .attention.api import BACKENDS
 
 
 def main() -> int:
@@ -24,10 +24,10 @@ def main() -> int:
     print(f"  gpu           {', '.join(gpu_names()) or 'none that torch sees'}")
     print(f"  c++ compiler  {shutil.which(os.environ.get('CXX', 'c++')) or 'none'}")
     print("attention backends")
-    for backend in api.BACKENDS:
-        reasons = [reason for op in api.OPS for reason in api.unsupported_reasons(op, backend)]
+    for backend in BACKENDS.modules:
+        reasons = [reason for op in BACKENDS.ops for reason in BACKENDS.unsupported_reasons(op, backend)]
         print_line(backend, dict.fromkeys(reasons))
-    module = api.load("cpu")
+    module = BACKENDS.load("cpu")
     if not isinstance(module, str):
         print("code paths of the cpu backend (TTS_KERNELS_CPU_ISA forces one)")
         for name, reason in module.isa_report().items():

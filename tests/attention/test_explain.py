@@ -318,8 +318,8 @@ def test_the_default_is_what_runs(head_dim, monkeypatch):
     plan = forest.plan()
     q, k_cache = tensors(plan, forest.num_pages, head_dim=head_dim)
     ran = []
-    for name in api.PREFERENCE["cpu"]:
-        module = api.load(name)
+    for name in api.BACKENDS.preference["cpu"]:
+        module = api.BACKENDS.load(name)
         if not isinstance(module, str):
             monkeypatch.setattr(module, "tree_attention", lambda *arguments, name=name: ran.append(name))
     got = tts.explain(plan, q, k_cache, **RATES)
@@ -327,7 +327,7 @@ def test_the_default_is_what_runs(head_dim, monkeypatch):
     tts.tree_attention(q, k_cache, k_cache, plan)
     assert ran == [got.backend]
     assert got.why == "the first of cpu, reference that can run here"
-    before = api.PREFERENCE["cpu"][: api.PREFERENCE["cpu"].index(got.backend)]
+    before = api.BACKENDS.preference["cpu"][: api.BACKENDS.preference["cpu"].index(got.backend)]
     assert got.refused == {
         name: tts.unsupported_reasons("tree_attention", name, q, k_cache, k_cache) for name in before
     }

@@ -7,21 +7,28 @@ is dense, so a view of an HND cache works. Nothing is written before every check
 
 from __future__ import annotations
 
-import importlib
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from tts_kernels.dispatch import Backends, register
 from tts_kernels.tree.plan import TreePlan
 
 from . import checks
 
-OPS = ("tree_attention", "decode_attention", "append_kv", "merge_states")
-# None: the name is taken, the backend does not exist yet.
-BACKENDS = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": None}
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = Backends(
+    "attention",
+    __package__,
+    {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": None},
+    {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
+    {
+        "tree_attention": "tree_attention",
+        "decode_attention": "tree_attention",
+        "append_kv": "append_kv",
+        "merge_states": "merge_states",
+    },
+)
 
 
 def tree_attention(
@@ -84,7 +91,7 @@ def tree_attention(
     sinks = checks.check_sinks(sinks, num_q_heads, q.device)
     k_scale = checks.per_head("k_scale", k_scale, num_kv_heads, q.device)
     v_scale = checks.per_head("v_scale", v_scale, num_kv_heads, q.device)
-    backend = check_backend(backend)
+    backend = BACKENDS.check(backend)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
@@ -180,7 +187,7 @@ def append_kv(
     if v.dtype != k.dtype:
         checks.fail("v", f"dtype {k.dtype} like k", v.dtype, TypeError)
     checks.check_slots(slots, k.shape[0], k.device)
-    torch.ops.tts_kernels.append_kv.default(k, v, k_cache, v_cache, slots.contiguous(), check_backend(backend), check)
+    torch.ops.tts_kernels.append_kv.default(k, v, k_cache, v_cache, slots.contiguous(), BACKENDS.check(backend), check)
 
 
 def merge_states(out: Tensor, lse: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -200,7 +207,7 @@ def merge_states(out: Tensor, lse: Tensor, *, backend: str | None = None) -> tup
         TypeError, ValueError, RuntimeError: as in `tree_attention`.
     """
     checks.check_states(out, lse)
-    return torch.ops.tts_kernels.merge_states.default(out, lse, check_backend(backend))
+    return torch.ops.tts_kernels.merge_states.default(out, lse, BACKENDS.check(backend))
 
 
 def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
@@ -215,52 +222,7 @@ def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
     Raises:
         ValueError: no such op or backend.
     """
-    if op not in OPS:
-        checks.fail("op", f"one of {', '.join(OPS)}", repr(op))
-    check_backend(backend)
-    module = load(backend)
-    if isinstance(module, str):
-        return [module]
-    return module.unsupported_reasons("tree_attention" if op == "decode_attention" else op, *tensors)
-
-
-def check_backend(backend: str | None) -> str:
-    """The name as the registered ops take it: "" stands for "pick by device"."""
-    if backend is None:
-        return ""
-    if backend not in BACKENDS:
-        checks.fail("backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
-    return backend
-
-
-_loaded: dict[str, ModuleType | str] = {}
-
-
-def load(backend: str) -> ModuleType | str:
-    """The backend's module, imported on first use, or the reason why there is none."""
-    if backend not in _loaded:
-        path = BACKENDS[backend]
-        if path is None:
-            _loaded[backend] = f"this version of tts_kernels has no {backend} backend for attention"
-        else:
-            try:
-                _loaded[backend] = importlib.import_module(path, __package__)
-            except ImportError as error:
-                _loaded[backend] = f"the {backend} backend is not built: {error}"
-    return _loaded[backend]
-
-
-def pick(op: str, backend: str, *tensors: Tensor) -> ModuleType:
-    """The module that runs the call: the one asked for, or else the first that can on this device."""
-    if backend:
-        reasons = unsupported_reasons(op, backend, *tensors)
-        if reasons:
-            raise RuntimeError(f"backend {backend!r} cannot run {op}: " + "; ".join(reasons))
-        return load(backend)
-    for name in PREFERENCE.get(tensors[0].device.type, ("reference",)):
-        if not unsupported_reasons(op, name, *tensors):
-            return load(name)
-    raise RuntimeError(f"no backend can run {op} on {tensors[0].device}")
+    return BACKENDS.unsupported_reasons(op, backend, *tensors)
 
 
 def work_of(plan: TreePlan, q: Tensor, k_cache: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None, list[int]]:
@@ -273,14 +235,12 @@ def work_of(plan: TreePlan, q: Tensor, k_cache: Tensor, backend: str) -> tuple[T
         # A compiled function does not make it: the op does for itself, or is traced again once there is one.
         if torch.compiler.is_compiling() or unsupported_reasons("tree_attention", "triton", q, k_cache):
             return None, None, []
-        work = plan.works[key] = load("triton").prepare(plan, q, k_cache)
+        work = plan.works[key] = BACKENDS.load("triton").prepare(plan, q, k_cache)
     return work.table, work.scratch, work.tile
 
 
 # The registered ops. What reads tensor values (checks, the choice of a backend) happens in here, where torch.compile
 # does not look.
-
-_library = torch.library.Library("tts_kernels", "FRAGMENT")
 
 
 def _tree_attention(
@@ -294,7 +254,7 @@ def _tree_attention(
         checks.fail("out", "memory of its own", "the memory of q")
     if check:
         checks.check_pages(nodes, pages, page_size, k_cache.shape[0])
-    module = pick("tree_attention", backend, q, k_cache, v_cache)
+    module = BACKENDS.pick("tree_attention", backend, q, k_cache, v_cache)
     if q.shape[0]:
         module.tree_attention(
             out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
@@ -305,27 +265,20 @@ def _tree_attention(
 def _append_kv(k, v, k_cache, v_cache, slots, backend, check):
     if check:
         checks.check_slot_range(slots, k_cache.shape[0] * k_cache.shape[1])
-    module = pick("append_kv", backend, k, v, k_cache, v_cache, slots)
+    module = BACKENDS.pick("append_kv", backend, k, v, k_cache, v_cache, slots)
     if k.shape[0]:
         module.append_kv(k, v, k_cache, v_cache, slots)
 
 
 def _merge_states(out, lse, backend):
-    return pick("merge_states", backend, out, lse).merge_states(out, lse)
+    return BACKENDS.pick("merge_states", backend, out, lse).merge_states(out, lse)
 
 
 def _fake_merge_states(out, lse, backend):
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
 
 
-def _register(schema: str, implementation, fake) -> None:
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tts_kernels::{name}", fake, lib=_library)
-
-
-_register(
+register(
     "tree_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, "
     "Tensor nodes, Tensor pages, Tensor rows, int page_size, bool causal, float scale, float softcap, int window, "
     "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? table, Tensor(c!)? scratch, int[] tile, "
@@ -333,10 +286,10 @@ _register(
     _tree_attention,
     lambda *arguments: None,
 )
-_register(
+register(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
     "str backend, bool check) -> ()",
     _append_kv,
     lambda *arguments: None,
 )
-_register("merge_states(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)", _merge_states, _fake_merge_states)
+register("merge_states(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)", _merge_states, _fake_merge_states)

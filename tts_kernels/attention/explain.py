@@ -9,7 +9,8 @@ from torch import Tensor
 from tts_kernels.ceilings import measured
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, ROWS_END, TreePlan
 
-from . import api, checks
+from . import checks
+from .api import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def explain(
     name, why, refused = choice(backend, q, *caches)
 
     nodes = plan.nodes.tolist()
-    counts = api.load(name).count_work(plan, q, k_cache, nodes)
+    counts = BACKENDS.load(name).count_work(plan, q, k_cache, nodes)
     num_rows, num_q_heads, head_dim = q.shape
     token_bytes = 2 * k_cache.shape[2] * head_dim * k_cache.element_size()
     served = [(length, end - begin) for length, begin, end in zip(nodes[LENGTH], nodes[OWN_BEGIN], nodes[ROWS_END])]
@@ -160,14 +161,14 @@ def explain(
 
 
 def choice(backend: str | None, *tensors: Tensor) -> tuple[str, str, dict[str, list[str]]]:
-    """Name, why, refused: what `api.pick` would choose for tree_attention."""
-    if api.check_backend(backend):
-        api.pick("tree_attention", backend, *tensors)  # raises if it cannot
+    """Name, why, refused: what the default would choose for tree_attention."""
+    if BACKENDS.check(backend):
+        BACKENDS.pick("tree_attention", backend, *tensors)  # raises if it cannot
         return backend, "asked for", {}
-    names = api.PREFERENCE.get(tensors[0].device.type, ("reference",))
+    names = BACKENDS.preferred(tensors[0].device)
     refused = {}
     for name in names:
-        reasons = api.unsupported_reasons("tree_attention", name, *tensors)
+        reasons = BACKENDS.unsupported_reasons("tree_attention", name, *tensors)
         if not reasons:
             return name, f"the first of {', '.join(names)} that can run here", refused
         refused[name] = reasons

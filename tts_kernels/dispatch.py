@@ -1,0 +1,87 @@
+"""Which backend runs an op, and how ops are registered: what the `api` modules of the op families share."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tts_kernels.tree.checks import fail
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The backends of one family of ops. Each is a module with `unsupported_reasons(op, *tensors) -> list[str]`,
+    imported on first use.
+
+    family      "attention", "scoring": for messages
+    package     in which the modules are
+    modules     name of each backend and of its module; None: the name is taken, the backend does not exist yet
+    preference  by device type, the names in the order in which the default tries them
+    ops         every public op, and the op that backends know it as
+    """
+
+    family: str
+    package: str
+    modules: dict[str, str | None]
+    preference: dict[str, tuple[str, ...]]
+    ops: dict[str, str]
+    loaded: dict[str, ModuleType | str] = field(default_factory=dict)
+
+    def check(self, backend: str | None) -> str:
+        """The name as registered ops take it: "" stands for "pick by device"."""
+        if backend is None:
+            return ""
+        if backend not in self.modules:
+            fail("backend", f"None or one of {', '.join(self.modules)}", repr(backend))
+        return backend
+
+    def load(self, backend: str) -> ModuleType | str:
+        """The backend's module, or the reason why there is none."""
+        if backend not in self.loaded:
+            path = self.modules[backend]
+            if path is None:
+                self.loaded[backend] = f"this version of tts_kernels has no {backend} backend for {self.family}"
+            else:
+                try:
+                    self.loaded[backend] = importlib.import_module(path, self.package)
+                except ImportError as error:
+                    self.loaded[backend] = f"the {backend} backend is not built: {error}"
+        return self.loaded[backend]
+
+    def unsupported_reasons(self, op: str, backend: str, *tensors: Tensor) -> list[str]:
+        if op not in self.ops:
+            fail("op", f"one of {', '.join(self.ops)}", repr(op))
+        self.check(backend)
+        module = self.load(backend)
+        return [module] if isinstance(module, str) else module.unsupported_reasons(self.ops[op], *tensors)
+
+    def pick(self, op: str, backend: str, *tensors: Tensor) -> ModuleType:
+        """The module that runs the call: the one asked for, or else the first that can on this device."""
+        if backend:
+            reasons = self.unsupported_reasons(op, backend, *tensors)
+            if reasons:
+                raise RuntimeError(f"backend {backend!r} cannot run {op}: " + "; ".join(reasons))
+            return self.load(backend)
+        for name in self.preferred(tensors[0].device):
+            if not self.unsupported_reasons(op, name, *tensors):
+                return self.load(name)
+        raise RuntimeError(f"no backend can run {op} on {tensors[0].device}")
+
+    def preferred(self, device: torch.device) -> tuple[str, ...]:
+        return self.preference.get(device.type, ("reference",))
+
+
+_library = torch.library.Library("tts_kernels", "FRAGMENT")
+
+
+def register(schema: str, implementation: Callable, fake: Callable) -> None:
+    """torch.ops.tts_kernels.<name>: `implementation` for every device, `fake` where torch traces shapes alone."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tts_kernels::{name}", fake, lib=_library)
