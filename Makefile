@@ -79,7 +79,7 @@ sanitize: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	$(PY) -c 'import sys, pytest, tts_kernels._C as c; assert c.__file__.startswith("$(ROOT)/build/sanitize/"), c; sys.exit(pytest.main())' \
 	-c $(ROOT)/pyproject.toml --rootdir $(ROOT) -p no:faulthandler -p no:cacheprovider --capture=sys -v \
-	-m "not gpu" -k "not reference and not inductor and not siblings and not triton" $(ROOT)/tests/attention $(ARGS)
+	-m "not gpu" -k "not reference and not inductor and not siblings and not triton" $(ROOT)/tests/attention $(ROOT)/tests/scoring $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/native

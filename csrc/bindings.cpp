@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/bind.h"
+#include "cpu/bind_scoring.h"
 #include "cpu/code_path.h"
 #include "tree/pack.h"
 #include "tree/plan.h"
@@ -16,6 +17,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_count_work", &tts::cpu_count_work);
   m.def("cpu_append_kv", &tts::cpu_append_kv, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_merge_states", &tts::cpu_merge_states, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_score_logits", &tts::cpu_score_logits, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_token_logprobs", &tts::cpu_token_logprobs, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_reduce_scores", &tts::cpu_reduce_scores, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_select", &tts::cpu_select, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_code_paths", &tts::code_paths);
   m.def("cpu_active_code_path", &tts::active_code_path_name);
 }

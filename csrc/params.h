@@ -73,4 +73,60 @@ struct MergeStatesParams {
   DType dtype;
 };
 
+struct Matrix {  // [rows, columns] with dense rows
+  const void* data;
+  int64_t row;
+  DType dtype;
+};
+
+enum class Activation : int32_t { none = 0, relu = 1, gelu = 2 };
+
+struct ScoreLogitsParams {
+  Matrix hidden;             // [tokens, dim]
+  const int64_t* positions;  // [num_rows] rows of hidden
+  const float* norm_weight;  // [dim], or null: no norm
+  float norm_eps;
+  Matrix w1;        // [width, dim]; data null: no hidden layer, and width = dim
+  const float* b1;  // [width] or null
+  Activation activation;
+  Matrix w2;        // [columns, width]
+  const float* b2;  // [columns] or null
+  float* logits;    // [num_rows, columns] contiguous
+  int64_t num_rows, dim, width, columns;
+};
+
+struct TokenLogprobsParams {
+  Matrix hidden;           // [num_rows, dim]
+  Matrix weight;           // [vocab, dim]
+  const float* bias;       // [vocab] or null
+  const int64_t* targets;  // [num_rows]
+  float* logprobs;         // [num_rows]
+  int64_t num_rows, dim, vocab;
+};
+
+enum class ScoreKind : int32_t { softmax = 0, sigmoid = 1, identity = 2 };
+
+struct ReduceScoresParams {
+  const float* logits;     // [num_rows, columns] contiguous
+  const int64_t* offsets;  // [num_candidates + 1] into the rows
+  float* margin;           // [num_rows]
+  float* prob;             // [num_rows]
+  float* stats;            // [6, num_candidates]: last, min, prod, mean, max, log_prod
+  int32_t* count;          // [num_candidates]
+  int64_t num_rows, columns, num_candidates, positive;
+  ScoreKind kind;
+};
+
+enum class SelectMethod : int32_t { top_k = 0, weighted_vote = 1, majority = 2 };
+
+struct SelectParams {
+  const float* scores;     // [num_candidates]
+  const int64_t* groups;   // [num_groups + 1] into the candidates
+  const int64_t* answers;  // [num_candidates], -1: none; or null
+  int64_t* indices;        // [num_groups, k]
+  float* selected;         // [num_groups, k]
+  int64_t num_groups, k;
+  SelectMethod method;
+};
+
 }  // namespace tts

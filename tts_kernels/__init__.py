@@ -8,8 +8,9 @@ from tts_kernels.attention import (
     explain,
     merge_states,
     tree_attention,
-    unsupported_reasons,
 )
+from tts_kernels.dispatch import unsupported_reasons
+from tts_kernels.scoring import ScoreHead, Selection, StepScores, select, step_scores, token_logprobs, verify
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
 from tts_kernels.tree.pack import PackedTree, pack, pack_many
 from tts_kernels.tree.plan import TreePlan
@@ -19,6 +20,9 @@ __all__ = [
     "KVTree",
     "OutOfPages",
     "PackedTree",
+    "ScoreHead",
+    "Selection",
+    "StepScores",
     "TreePlan",
     "__version__",
     "append_kv",
@@ -27,6 +31,10 @@ __all__ = [
     "merge_states",
     "pack",
     "pack_many",
+    "select",
+    "step_scores",
+    "token_logprobs",
     "tree_attention",
     "unsupported_reasons",
+    "verify",
 ]

@@ -12,6 +12,28 @@ from torch import Tensor
 
 from tts_kernels.tree.checks import fail
 
+FAMILIES: list[Backends] = []
+
+
+def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
+    """Every reason why `backend` cannot run `op` on these tensors; empty if it can.
+
+    Args:
+        op: "tree_attention", "decode_attention", "append_kv", "merge_states"; "step_scores", "select", "verify" or
+            "token_logprobs".
+        backend: "reference", "cpu", "triton" or "cuda".
+        tensors: the op's leading tensor arguments, in order: q, k_cache, v_cache; or k, v, k_cache, v_cache, slots; or
+            out, lse; or hidden, positions, offsets; or scores; or hidden, weight, targets. With none, only what the
+            build and the machine rule out.
+
+    Raises:
+        ValueError: no such op or backend.
+    """
+    families = {known: family for family in FAMILIES for known in family.ops}
+    if op not in families:
+        fail("op", f"one of {', '.join(families)}", repr(op))
+    return families[op].unsupported_reasons(op, backend, *tensors)
+
 
 @dataclass(frozen=True)
 class Backends:
@@ -31,6 +53,9 @@ class Backends:
     preference: dict[str, tuple[str, ...]]
     ops: dict[str, str]
     loaded: dict[str, ModuleType | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        FAMILIES.append(self)
 
     def check(self, backend: str | None) -> str:
         """The name as registered ops take it: "" stands for "pick by device"."""
@@ -54,8 +79,6 @@ class Backends:
         return self.loaded[backend]
 
     def unsupported_reasons(self, op: str, backend: str, *tensors: Tensor) -> list[str]:
-        if op not in self.ops:
-            fail("op", f"one of {', '.join(self.ops)}", repr(op))
         self.check(backend)
         module = self.load(backend)
         return [module] if isinstance(module, str) else module.unsupported_reasons(self.ops[op], *tensors)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tts_kernels import configs
 from tts_kernels.attention import triton as backend
+from tts_kernels.scoring import triton as scoring
 from tts_kernels.tree import prefix_triton
 
 from .archs import ARCHS
@@ -89,6 +90,7 @@ def cases(arch: str) -> Iterator[StaticCase]:
         ):
             yield from attention(arch, "" if device == arch else f" {device}")
     yield from others()
+    yield from scorings(arch)
 
 
 def attention(arch: str, suffix: str) -> Iterator[StaticCase]:
@@ -146,6 +148,54 @@ def others() -> Iterator[StaticCase]:
     # Neighbours are compared twice, in the same way.
     for kernel, launch in {launch[0]: launch for launch in launches}.items():
         yield StaticCase(kernel.__name__, *launch)
+
+
+def scorings(arch: str) -> Iterator[StaticCase]:
+    """Step scores by a linear head, a few rows of an LM head and an MLP; selection; log-probabilities."""
+    dim, num_rows = 3584, 999
+    positions, offsets = meta(num_rows, dtype=torch.int64), meta(63, dtype=torch.int64)
+
+    def launches_of(function, *arguments) -> dict[str, tuple]:
+        with recorded_launches() as launches:
+            function(*arguments)
+        return {kernel.__name__: (kernel, args, kwargs) for kernel, args, kwargs in launches}
+
+    def logits(dtype: torch.dtype, hidden_layer: bool, norm: bool) -> dict[str, tuple]:
+        hidden = meta(9999, dim, dtype=dtype)
+        w1, b1 = (meta(dim, dim, dtype=dtype), meta(dim, dtype=dtype)) if hidden_layer else (None, None)
+        w2, b2 = meta(2, dim, dtype=dtype), meta(2, dtype=dtype)
+        weight = meta(dim, dtype=dtype) if norm else None
+        act = "gelu" if norm else "relu"
+        return launches_of(scoring.logits, hidden, positions, w1, b1, act, w2, b2, weight, 1e-6)
+
+    for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
+        yield StaticCase(f"linear_logits {name}", *logits(dtype, hidden_layer=False, norm=False)["linear_logits"])
+        launches = logits(dtype, hidden_layer=True, norm=False)
+        mma = MMA[arch] if dtype == BF16 else None
+        yield StaticCase(f"mlp_tiles {name}", *launches["mlp_tiles"], wide=("hidden_rows", "w1_rows"), mma=mma)
+    yield StaticCase("linear_logits bf16 norm", *logits(BF16, hidden_layer=False, norm=True)["linear_logits"])
+    launches = logits(BF16, hidden_layer=True, norm=True)
+    yield StaticCase("mlp_tiles bf16 norm", *launches["mlp_tiles"])
+    yield StaticCase("sum_parts", *launches["sum_parts"])
+    for activation in ("softmax", "sigmoid", "identity"):
+        launches = launches_of(scoring.reduce, meta(num_rows, 2), offsets, activation, 1)
+        yield StaticCase(f"reduce_steps {activation}", *launches["reduce_steps"])
+    answers = meta(62, dtype=torch.int64)
+    for method in ("weighted_vote", "majority"):
+        launches = launches_of(scoring.select, meta(62), meta(9, dtype=torch.int64), answers, method, 3)
+        yield StaticCase(f"count_votes {method}", *launches["count_votes"])
+    yield StaticCase("select_best vote", *launches["select_best"])
+    launches = launches_of(scoring.select, meta(62), meta(9, dtype=torch.int64), None, "best", 1)
+    yield StaticCase("select_best", *launches["select_best"])
+    for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
+        launches = launches_of(
+            scoring.token_logprobs, meta(num_rows, dim, dtype=dtype), meta(152064, dim, dtype=dtype), positions, None
+        )
+        yield StaticCase(
+            f"vocabulary_tiles {name}", *launches["vocabulary_tiles"], wide=("hidden_rows", "weight_rows"),
+            mma=MMA[arch] if dtype == BF16 else None,
+        )  # fmt: skip
+    yield StaticCase("join_vocabulary", *launches["join_vocabulary"])
 
 
 def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "amx_products.h"
+#include "scoring_path.h"
 
 namespace {
 
@@ -288,7 +289,7 @@ int64_t amx_scratch_bytes(const TreeAttentionParams& p) {
 }
 
 constexpr tts::CodePath amx_code_path(const char* name) {
-  return {name, amx_scratch_bytes, tiles_enter, tiles_leave, run_amx, finish_row, merge_states};
+  return {name, amx_scratch_bytes, tiles_enter, tiles_leave, run_amx, finish_row, merge_states, scoring_path()};
 }
 
 }  // namespace

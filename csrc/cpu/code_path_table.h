@@ -1,6 +1,7 @@
 // The bodies of one code path. No standard header here: the files of isa/ must not emit shared inline functions.
 #pragma once
 
+#include "scoring_table.h"
 #include "work.h"
 
 namespace tts {
@@ -14,6 +15,7 @@ struct CodePath {
   void (*run_item)(const TreeAttentionParams&, const States&, const WorkItem&, const WorkItem* next, void* scratch);
   void (*finish_row)(const TreeAttentionParams&, const States&, int row, void* scratch);
   void (*merge_states)(const MergeStatesParams&, int64_t begin, int64_t end);
+  ScoringPath scoring;
 };
 
 }  // namespace tts

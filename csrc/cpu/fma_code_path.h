@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fma_path.h"
+#include "scoring_path.h"
 
 namespace {
 
@@ -17,7 +18,7 @@ int64_t fma_scratch_bytes(const TreeAttentionParams& p) {
 }
 
 constexpr tts::CodePath fma_code_path(const char* name) {
-  return {name, fma_scratch_bytes, nothing, nothing, run_fma, finish_row, merge_states};
+  return {name, fma_scratch_bytes, nothing, nothing, run_fma, finish_row, merge_states, scoring_path()};
 }
 
 }  // namespace

@@ -210,21 +210,6 @@ def merge_states(out: Tensor, lse: Tensor, *, backend: str | None = None) -> tup
     return torch.ops.tts_kernels.merge_states.default(out, lse, BACKENDS.check(backend))
 
 
-def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
-    """Every reason why `backend` cannot run `op` on these tensors; empty if it can.
-
-    Args:
-        op: "tree_attention", "decode_attention", "append_kv" or "merge_states".
-        backend: "reference", "cpu", "triton" or "cuda".
-        tensors: the op's leading tensor arguments, in order: q, k_cache, v_cache; or k, v, k_cache, v_cache, slots; or
-            out, lse. With none, only what the build and the machine rule out.
-
-    Raises:
-        ValueError: no such op or backend.
-    """
-    return BACKENDS.unsupported_reasons(op, backend, *tensors)
-
-
 def work_of(plan: TreePlan, q: Tensor, k_cache: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None, list[int]]:
     """The work list of a GPU backend for this geometry: made by the first call and kept with the plan."""
     if backend in ("reference", "cpu") or (q.device.type == "cpu" and backend != "triton"):
@@ -233,7 +218,7 @@ def work_of(plan: TreePlan, q: Tensor, k_cache: Tensor, backend: str) -> tuple[T
     work = plan.works.get(key)
     if work is None:
         # A compiled function does not make it: the op does for itself, or is traced again once there is one.
-        if torch.compiler.is_compiling() or unsupported_reasons("tree_attention", "triton", q, k_cache):
+        if torch.compiler.is_compiling() or BACKENDS.unsupported_reasons("tree_attention", "triton", q, k_cache):
             return None, None, []
         work = plan.works[key] = BACKENDS.load("triton").prepare(plan, q, k_cache)
     return work.table, work.scratch, work.tile

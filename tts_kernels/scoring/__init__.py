@@ -1,0 +1,18 @@
+"""Scores of reasoning steps by a verifier's head, selection among candidates, and log-probabilities of given tokens."""
+
+from tts_kernels.dispatch import unsupported_reasons
+
+from .api import select, step_scores, token_logprobs, verify
+from .heads import ScoreHead
+from .results import Selection, StepScores
+
+__all__ = [
+    "ScoreHead",
+    "Selection",
+    "StepScores",
+    "select",
+    "step_scores",
+    "token_logprobs",
+    "unsupported_reasons",
+    "verify",
+]
