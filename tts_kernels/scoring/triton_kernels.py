@@ -237,7 +237,7 @@ def reduce_steps(
         product *= tl.where(inside, p, 1.0)
         total += tl.where(inside, p, 0.0)
         log_total += tl.where(inside, log_p, 0.0)
-        last += tl.where(step == end - 1, p, 0.0)
+        last = tl.where(step == end - 1, p, 0.0)
 
     steps = (end - begin).to(tl.int32)
     none = steps == 0
@@ -274,7 +274,6 @@ def count_votes(
     own = begin + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if begin + tl.program_id(1).to(tl.int64) * BLOCK < end:
         inside = own < end
-        own_score = tl.load(scores + own, mask=inside, other=float("nan"))
         own_answer = tl.load(answers + own, mask=inside, other=-1)
         total = tl.zeros([BLOCK], tl.float32)
         first = tl.full([BLOCK], BIG, tl.int64)
@@ -291,8 +290,8 @@ def count_votes(
             better = same & ((score > best_score) | (best < 0))
             best = tl.where(better, place, best)
             best_score = tl.where(better, score, best_score)
-        leads = (own_score == own_score) & (first == own)
-        tl.store(totals + own, tl.where(leads, total, float("nan")), mask=inside)
+        # Never for one who does not vote: `first` is a voter.
+        tl.store(totals + own, tl.where(first == own, total, float("nan")), mask=inside)
         tl.store(nominees + own, best, mask=inside)
 
 
