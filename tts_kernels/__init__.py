@@ -10,7 +10,16 @@ from tts_kernels.attention import (
     tree_attention,
 )
 from tts_kernels.dispatch import unsupported_reasons
-from tts_kernels.scoring import ScoreHead, Selection, StepScores, select, step_scores, token_logprobs, verify
+from tts_kernels.scoring import (
+    ScoreHead,
+    Selection,
+    StepScores,
+    aggregate,
+    select,
+    step_scores,
+    token_logprobs,
+    verify,
+)
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
 from tts_kernels.tree.pack import PackedTree, pack, pack_many
 from tts_kernels.tree.plan import TreePlan
@@ -25,6 +34,7 @@ __all__ = [
     "StepScores",
     "TreePlan",
     "__version__",
+    "aggregate",
     "append_kv",
     "decode_attention",
     "explain",

@@ -19,12 +19,12 @@ def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
     """Every reason why `backend` cannot run `op` on these tensors; empty if it can.
 
     Args:
-        op: "tree_attention", "decode_attention", "append_kv", "merge_states"; "step_scores", "select", "verify" or
-            "token_logprobs".
+        op: "tree_attention", "decode_attention", "append_kv", "merge_states"; "step_scores", "aggregate",
+            "select", "verify" or "token_logprobs".
         backend: "reference", "cpu", "triton" or "cuda".
         tensors: the op's leading tensor arguments, in order: q, k_cache, v_cache; or k, v, k_cache, v_cache, slots; or
-            out, lse; or hidden, positions, offsets; or scores; or hidden, weight, targets. With none, only what the
-            build and the machine rule out.
+            out, lse; or hidden, positions, offsets; or margin, offsets; or scores; or hidden, weight, targets. With
+            none, only what the build and the machine rule out.
 
     Raises:
         ValueError: no such op or backend.

@@ -2,7 +2,7 @@
 
 from tts_kernels.dispatch import unsupported_reasons
 
-from .api import select, step_scores, token_logprobs, verify
+from .api import aggregate, select, step_scores, token_logprobs, verify
 from .heads import ScoreHead
 from .results import Selection, StepScores
 
@@ -10,6 +10,7 @@ __all__ = [
     "ScoreHead",
     "Selection",
     "StepScores",
+    "aggregate",
     "select",
     "step_scores",
     "token_logprobs",

@@ -16,7 +16,7 @@ from torch import Tensor
 from tts_kernels.dispatch import Backends, register
 
 from . import checks
-from .heads import ScoreHead
+from .heads import ScoreHead, check_activation
 from .results import REDUCES, Selection, StepScores
 
 BACKENDS = Backends(
@@ -24,7 +24,7 @@ BACKENDS = Backends(
     __package__,
     {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": None},
     {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
-    {"step_scores": "step_scores", "select": "select", "verify": "step_scores", "token_logprobs": "token_logprobs"},
+    {op: op for op in ("step_scores", "aggregate", "select", "token_logprobs")} | {"verify": "step_scores"},
 )
 
 
@@ -68,6 +68,38 @@ def step_scores(
     return as_scores(*results)
 
 
+def aggregate(
+    margin: Tensor,
+    *,
+    offsets: Tensor,
+    activation: str = "sigmoid",
+    backend: str | None = None,
+    check: bool = False,
+) -> StepScores:
+    """What `step_scores` returns, from margins that are known already: kept from earlier calls, or a model's own.
+
+    The same margins give the same bits as in the call of `step_scores` that they came from, in the same backend.
+
+    Args:
+        margin: [M] float32, candidate after candidate, each in the order of its steps.
+        offsets: int64 or int32 [N + 1], from 0 to M: candidate i owns margin[offsets[i]:offsets[i + 1]].
+        activation: that of the head: "identity", or "sigmoid", which is also what the margins of a "softmax" take.
+        backend, check: as in `step_scores`, for the values of offsets.
+
+    Returns:
+        StepScores: its margin is a copy.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `step_scores`.
+    """
+    checks.check_fp32("margin", margin, "[M]")
+    offsets = checks.check_integers("offsets", offsets, "[N + 1]", margin.device, least=1)
+    activation = "identity" if check_activation(activation) == "identity" else "sigmoid"
+    return as_scores(
+        *torch.ops.tts_kernels.aggregate.default(margin, offsets, activation, BACKENDS.check(backend), check)
+    )
+
+
 def select(
     scores: Tensor,
     *,
@@ -98,7 +130,7 @@ def select(
     Raises:
         TypeError, ValueError, RuntimeError: as in `step_scores`.
     """
-    checks.check_scores(scores)
+    checks.check_fp32("scores", scores, "[N]")
     answers = checks.check_choice(method, k, answers, scores.shape[0], scores.device)
     group_offsets = checks.check_group_offsets(group_offsets, scores.device)
     results = torch.ops.tts_kernels.select.default(
@@ -194,9 +226,18 @@ def _step_scores(
 
 
 def _fake_step_scores(hidden, positions, offsets, *rest):
-    margin = hidden.new_empty(positions.shape[0], dtype=torch.float32)
+    return _fake_aggregate(hidden.new_empty(positions.shape[0], dtype=torch.float32), offsets)
+
+
+def _aggregate(margin, offsets, activation, backend, check):
+    if checks.looked_at(offsets, check):
+        checks.check_offsets("offsets", offsets, margin.shape[0], "margins")
+    return BACKENDS.pick("aggregate", backend, margin, offsets).reduce(margin[:, None], offsets, activation, 0)
+
+
+def _fake_aggregate(margin, offsets, *rest):
     stats = margin.new_empty(len(REDUCES), offsets.shape[0] - 1)
-    return margin, torch.empty_like(margin), stats, stats.new_empty(stats.shape[1], dtype=torch.int32)
+    return torch.empty_like(margin), torch.empty_like(margin), stats, stats.new_empty(stats.shape[1], dtype=torch.int32)
 
 
 def _select(scores, group_offsets, answers, method, k, backend, check):
@@ -258,6 +299,12 @@ register(
     f"step_scores({_STEPS}, str backend, bool check) -> (Tensor, Tensor, Tensor, Tensor)",
     _step_scores,
     _fake_step_scores,
+)
+register(
+    "aggregate(Tensor margin, Tensor offsets, str activation, str backend, bool check) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _aggregate,
+    _fake_aggregate,
 )
 register(f"select(Tensor scores, {_CHOICE}, str backend, bool check) -> (Tensor, Tensor)", _select, _fake_select)
 register(

@@ -81,10 +81,10 @@ def check_reduce(reduce: str) -> str:
     return reduce
 
 
-def check_scores(scores: Tensor) -> None:
-    check_tensor("scores", scores, "[N]")
-    if scores.dtype != torch.float32:
-        fail("scores", "dtype torch.float32", scores.dtype, TypeError)
+def check_fp32(name: str, tensor: Tensor, shape: str) -> None:
+    check_tensor(name, tensor, shape)
+    if tensor.dtype != torch.float32:
+        fail(name, "dtype torch.float32", tensor.dtype, TypeError)
 
 
 def check_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:

@@ -54,8 +54,7 @@ class ScoreHead:
             fail("w1", "a tensor [h, d] beside b1 or act", "None")
         check_vector("b2", self.b2, columns, self.w2.device)
         check_vector("norm", self.norm_weight, self.dim, self.w2.device)
-        if self.activation not in ACTIVATIONS:
-            fail("activation", f"one of {', '.join(ACTIVATIONS)}", repr(self.activation))
+        check_activation(self.activation)
         if self.activation == "softmax" and columns < 2:
             fail("activation", "sigmoid or identity for a head of one column", "'softmax'")
         if isinstance(self.positive, bool) or not isinstance(self.positive, int):
@@ -165,6 +164,12 @@ def norm_parts(norm: tuple[Tensor, float] | None) -> tuple[Tensor | None, float]
     if not isinstance(norm, (tuple, list)) or len(norm) != 2 or not isinstance(norm[0], Tensor):
         fail("norm", "None or (weight [d], eps)", repr(type(norm).__name__), TypeError)
     return norm[0], check_number("norm", norm[1])
+
+
+def check_activation(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        fail("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    return activation
 
 
 def check_matrix(name: str, w: Tensor) -> tuple[int, int]:
