@@ -13,8 +13,9 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import LogitsProcessorList, StoppingCriteriaList  # noqa: E402
 
-from tts_kernels.integrations import transformers as integration  # noqa: E402
-from tts_kernels.integrations.transformers import generate, unsupported_reasons  # noqa: E402
+from tts_kernels.integrations import transformers_attention as attention  # noqa: E402
+from tts_kernels.integrations.transformers import generate  # noqa: E402
+from tts_kernels.integrations.transformers_attention import unsupported_reasons  # noqa: E402
 from tts_kernels.integrations.transformers_cache import TreeCache  # noqa: E402
 
 VOCAB = 96
@@ -390,7 +391,7 @@ def test_implementation_is_put_back_after_an_error(model):
 
 def test_attention_outside_generate_is_refused(model):
     before = model.config._attn_implementation
-    model.set_attn_implementation(integration.NAME)
+    model.set_attn_implementation(attention.NAME)
     try:
         with pytest.raises(ValueError, match="keys and values are not the ones"):
             model.generate(prompts((5,))[0], max_new_tokens=2)
@@ -416,6 +417,6 @@ def test_window_that_mask_and_layer_disagree_on_is_refused():
     model = build("mistral-window")
     for layer in model.model.layers:
         layer.self_attn.config = type(model.config)(**{**SMALL, "sliding_window": 5})
-        layer.self_attn.config._attn_implementation_internal = integration.NAME
+        layer.self_attn.config._attn_implementation_internal = attention.NAME
     with pytest.raises(ValueError, match="sliding_window is 5, but its mask has 9"):
         generate(model, prompts((5,))[0], max_new_tokens=2)

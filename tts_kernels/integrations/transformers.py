@@ -18,21 +18,16 @@ attention is computed once for each question. From the second forward on, each s
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import inspect
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from .transformers_cache import TreeCache, refuse
-
-NAME = "tts_kernels"  # in AttentionInterface; a name with "flash" in it would make transformers look for a hub kernel
+from .transformers_attention import attention_switched, describe, layer_types, refuse, unsupported_reasons
+from .transformers_cache import TreeCache
 
 
 def generate(
@@ -72,7 +67,7 @@ def generate(
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(f"model: expected a transformers model that can generate, got {type(model).__name__}")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise TypeError(f"input_ids: expected an integer tensor [B, L], got {_describe(input_ids)}")
+        raise TypeError(f"input_ids: expected an integer tensor [B, L], got {describe(input_ids)}")
     if not input_ids.numel():
         raise ValueError(f"input_ids: expected at least one question and one token, got shape {tuple(input_ids.shape)}")
     if num_return_sequences is not None:
@@ -84,7 +79,7 @@ def generate(
     mask = _padding_mask(input_ids, attention_mask, config)
 
     cache = TreeCache(
-        _layer_types(model),
+        layer_types(model),
         lengths=mask.sum(-1).tolist(),
         num_samples=config.num_return_sequences or 1,
         width=input_ids.shape[1],
@@ -92,36 +87,9 @@ def generate(
         expected_tokens=_expected_tokens(config, input_ids.shape[1]),
         backend=backend,
     )
-    with _attention_switched(model), torch.no_grad():
+    with attention_switched(model), torch.no_grad():
         _prefill(model, cache, input_ids, mask, config.prefill_chunk_size)
         return model.generate(input_ids, attention_mask=mask, past_key_values=cache, **generate_kwargs)
-
-
-def unsupported_reasons(model: PreTrainedModel) -> list[str]:
-    """Every reason, as far as its config tells, why `model` cannot generate over a shared KV tree; empty if it can."""
-    reasons = []
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        reasons.append("it is an encoder-decoder model")
-    if getattr(model, "_is_stateful", False):
-        reasons.append("it carries a recurrent state, which is not KV of single tokens")
-    if getattr(config, "kv_lora_rank", None):
-        reasons.append(f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank}), so K and V differ")
-    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
-        reasons.append("it adds ALiBi biases to the attention scores")
-    other = sorted(set(_layer_types(model)) - {"full_attention", "sliding_attention"})
-    if other:
-        reasons.append(f"it has layers of type {', '.join(other)}; only full_attention and sliding_attention are known")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        reasons.append("its forward takes no position_ids, so questions cannot be packed")
-    if not model._can_set_attn_implementation():
-        reasons.append("it does not take its attention function from transformers' AttentionInterface")
-    if model.training and getattr(config, "attention_dropout", 0):
-        reasons.append(f"it is in training mode with attention_dropout {config.attention_dropout}")
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) > 1 or "meta" in devices:
-        reasons.append(f"its weights are on {', '.join(devices)}, not on one device")
-    return reasons
 
 
 def _unsupported_settings(config: GenerationConfig, model_kwargs: dict, generate_kwargs: dict) -> list[str]:
@@ -177,7 +145,7 @@ def _padding_mask(input_ids: Tensor, attention_mask: Tensor | None, config: Gene
         return (input_ids != pad).long() if pad is not None and pad not in ends else torch.ones_like(input_ids).long()
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask: expected shape {tuple(input_ids.shape)} like input_ids, got {_describe(attention_mask)}"
+            f"attention_mask: expected shape {tuple(input_ids.shape)} like input_ids, got {describe(attention_mask)}"
         )
     mask = (attention_mask != 0).long()
     wrong = (mask.diff(dim=-1) < 0).any(-1) | (mask[:, -1] == 0)
@@ -208,116 +176,3 @@ def _prefill(model: PreTrainedModel, cache: TreeCache, input_ids: Tensor, mask: 
         )
         model(**inputs, return_dict=True)
     cache.expect_samples()
-
-
-@contextlib.contextmanager
-def _attention_switched(model: PreTrainedModel) -> Iterator[None]:
-    before = _implementations(model.config)
-    try:
-        model.set_attn_implementation(NAME)
-        if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
-            refuse(f"{type(model).__name__} does not let its attention implementation be set")
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _implementations(config) -> dict:
-    """The attention implementations of a config and its sub-configs, as `set_attn_implementation` takes them."""
-    parts = {key: getattr(config, key, None) for key in config.sub_configs}
-    below = {key: _implementations(part) if part.sub_configs else part._attn_implementation
-             for key, part in parts.items() if part is not None}  # fmt: skip
-    return {"": config._attn_implementation, **below}
-
-
-def _layer_types(model: PreTrainedModel) -> list[str]:
-    """One name for each layer that stores KV, as transformers itself picks the layers of its caches."""
-    return get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]
-
-
-# --- what the model calls ---------------------------------------------------------------------------------------------
-
-# Keyword arguments that a model may hand to its attention function and that say nothing about the result.
-IGNORED = {"position_ids", "use_cache", "output_hidden_states", "output_router_logits", "num_items_in_batch"}
-
-
-def attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """The attention function: query [B, Hq, T, D] -> [B, T, Hq, D]. `key` and `value` are what the layer's `TreeLayer`
-    handed back; the KV to attend to is in its pages."""
-    layer, who = getattr(key, "tts_kernels_layer", None), type(module).__name__
-    if layer is None or layer.value is not value:
-        refuse(f"{who}'s keys and values are not the ones that the cache of tts_kernels' generate handed out: it "
-               "changes them after storing them, shares them or attends to something else")  # fmt: skip
-    if not hasattr(attention_mask, "tts_kernels_window"):
-        refuse(f"{who}'s mask was not made by transformers' mask functions: {_describe(attention_mask)}")
-    visible = attention_mask.tts_kernels_window
-    if sliding_window is not None and sliding_window != visible:
-        refuse(f"{who}'s sliding_window is {sliding_window}, but its mask has {visible}")
-    if is_causal is False or dropout:
-        refuse(f"{who} asks for is_causal={is_causal}, dropout={dropout}")
-    for name, argument in kwargs.items():
-        if name not in IGNORED and argument is not None and argument is not False:
-            refuse(f"{who} hands its attention function {name}, whose meaning is not known here")
-
-    rows = query.transpose(1, 2)  # [B, T, Hq, D]
-    # transformers' window counts the row's own token, tree_attention's does not
-    layer.window = window = -1 if visible is None else visible - 1
-    out = layer.attend(
-        rows.flatten(0, 1), scale=scaling, softcap=softcap or 0.0, window=window,
-        sinks=None if s_aux is None else s_aux.float(),
-    )  # fmt: skip
-    return out.view(rows.shape), None
-
-
-def mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function=None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    **kwargs,
-) -> Tensor:
-    """The mask function: an empty tensor that carries the window, after a look whether the mask asked for is causal
-    with this window. Padding needs no mask: it is not in the tree."""
-    first, last = q_offset, q_offset + q_length - 1
-    pairs = [(first, first + 1), (first, last), (last, 0), (last, last)]
-    if local_size is not None:
-        pairs += [(last, last - local_size), (last, last - local_size + 1)]
-    pairs = [(row, col) for row, col in pairs if kv_offset <= col < kv_offset + kv_length]
-    wanted = [col <= row and (local_size is None or col > row - local_size) for row, col in pairs]
-    row, col = torch.tensor(pairs).unbind(-1)
-    if use_vmap or mask_function(torch.zeros_like(row), torch.zeros_like(row), row, col).tolist() != wanted:
-        refuse(f"the model asks for a mask that is neither causal nor causal with a window of {local_size} tokens")
-    return _mask_with_window(local_size)
-
-
-@functools.lru_cache
-def _mask_with_window(window: int | None) -> Tensor:
-    tensor = torch.empty(0, dtype=torch.bool)
-    tensor.tts_kernels_window = window
-    return tensor
-
-
-def _describe(thing: object) -> str:
-    return f"{thing.dtype} of shape {tuple(thing.shape)}" if isinstance(thing, Tensor) else type(thing).__name__
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, mask)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from ..attention import append_kv, tree_attention
 from ..tree.kv_tree import KVTree
-from ..tree.plan import TreePlan
+from .transformers_attention import TreeCall, TreeLayer, refuse
 
 FIRST_ROOM = 256  # tokens for which each sample has pages at first, at most; twice as many when they are used up
-
-
-def refuse(reason: str) -> NoReturn:
-    raise ValueError(f"cannot generate over a shared KV tree: {reason}")
 
 
 class TreeCache(Cache):
@@ -82,63 +76,7 @@ class TreeCache(Cache):
         return {"read": read * scale, "least": least * scale, "replicated": replicated * scale}
 
 
-class TreeLayer(CacheLayerMixin):
-    """One layer of a `TreeCache`. `update` stores new KV in the pages and hands the very same tensors on, marked, for
-    the attention function to find its way back here."""
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, tree: SampleTree, index: int, backend: str | None):
-        super().__init__()
-        self.tree, self.index, self.backend = tree, index, backend
-        self.value: Tensor | None = None
-        self.window = -1
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """key_states, value_states: [1, Hkv, T, D] of packed prompt tokens or [B * N, Hkv, 1, D] of samples."""
-        tree = self.tree
-        key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))  # [R, Hkv, D]
-        tree.enter_layer(self.index, key, value)
-        if tree.slots is not None:
-            append_kv(
-                key, value, tree.kv.k_cache[self.index], tree.kv.v_cache[self.index], tree.slots, backend=self.backend
-            )
-        self.value = value_states
-        key_states.tts_kernels_layer = self
-        return key_states, value_states
-
-    def attend(self, query: Tensor, **kwargs) -> Tensor:
-        """[R, Hq, D] -> the same, `tree_attention` over this layer's pages. Rows of one question that are known to be
-        equal are computed once."""
-        tree = self.tree
-        out = tree_attention(
-            query[:: tree.equal_rows], tree.kv.k_cache[self.index], tree.kv.v_cache[self.index], tree.plan,
-            backend=self.backend, **kwargs,
-        )  # fmt: skip
-        self.value = None
-        return out if tree.equal_rows == 1 else out.repeat_interleave(tree.equal_rows, dim=0)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: pages are made when the first layer's keys arrive."""
-
-    def get_seq_length(self) -> int:
-        return self.tree.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tree.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        raise NotImplementedError("a TreeCache belongs to one generate call and cannot be reset")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("a TreeCache cannot be reordered: beam search is not supported")
-
-
-class SampleTree:
+class SampleTree(TreeCall):
     """The KVTree of one call with the plan and slots of the forward that runs: B roots that hold a question each, then
     B * N leaves that take a token each in every forward. When their pages are used up, all moves into a larger tree."""
 
@@ -147,19 +85,13 @@ class SampleTree:
     ):
         if type(page_size) is not int or page_size < 1:
             raise ValueError(f"page_size: expected an int of at least 1, got {page_size!r}")
+        super().__init__(num_layers)
         self.lengths, self.num_samples, self.width = lengths, num_samples, width
         self.num_rows = len(lengths) * num_samples
-        self.num_layers, self.page_size = num_layers, page_size
+        self.page_size = page_size
         self.room = pages_for(min(expected_tokens, FIRST_ROOM), page_size) * page_size  # tokens that each leaf can hold
-        self.kv: KVTree | None = None  # made when the first keys show their shape
         self.roots: list[int] = []
         self.leaves: dict[int, int] = {}  # to their number of rows, which is 1
-
-        self.plan: TreePlan | None = None
-        self.slots: Tensor | None = None  # [R]; None: nothing is stored
-        self.equal_rows = 1
-        self.next_layer = 0
-        self.seen = 0  # tokens that transformers is told are stored
         self.forwards = -1  # of samples; -1: prompts are coming
         self.prompt_range = (0, 0)
 
@@ -169,38 +101,22 @@ class SampleTree:
         return max(self.forwards - 1, 0)
 
     def begin_prompt_tokens(self, start: int, count: int) -> None:
-        self._check_all_layers_stored()
+        self.check_all_layers_stored()
         self.prompt_range = (start, start + count)
         self.seen = start
 
     def begin_samples(self) -> None:
-        self._check_all_layers_stored()
+        self.check_all_layers_stored()
         if self.kv is None:
             refuse("the model did not store KV in the cache it was given")
         self.forwards, self.seen = 0, self.width - 1
 
-    def enter_layer(self, index: int, key: Tensor, value: Tensor) -> None:
-        """A layer is about to store keys and values [R, Hkv, D]: check that it fits, begin a forward with layer 0."""
-        if index != self.next_layer:
-            refuse(f"expected layer {self.next_layer} to store its KV next, got layer {index}")
-        if key.shape != value.shape:
-            refuse(f"keys and values differ: [heads, head_dim] {list(key.shape[1:])} and {list(value.shape[1:])}")
-        if self.kv is None:
-            self.kv = self._empty_tree(*key.shape[1:], key.dtype, key.device)
-            self.roots = [self.kv.add(None, 0) for _ in self.lengths]
-        like = self.kv.k_cache[index]
-        if key.shape[1:] != like.shape[2:] or key.dtype != like.dtype or key.device != like.device:
-            refuse(
-                f"layers differ in KV heads, head_dim, dtype or device, expected {list(like.shape[2:])} {like.dtype} "
-                f"{like.device}, got {list(key.shape[1:])} {key.dtype} {key.device}"
-            )
-        if index == 0:
-            self._begin_forward(key.shape[0])
-        self.next_layer = (index + 1) % self.num_layers
-        if self.next_layer == 0 and self.forwards >= 0:
-            self.seen += 1
+    def make_tree(self, key: Tensor) -> KVTree:
+        kv = self._empty_tree(*key.shape[1:], key.dtype, key.device)
+        self.roots = [kv.add(None, 0) for _ in self.lengths]
+        return kv
 
-    def _begin_forward(self, num_rows: int) -> None:
+    def begin_forward(self) -> None:
         if self.forwards < 0:
             self._plan_prompts()
         elif self.forwards == 0:
@@ -208,9 +124,9 @@ class SampleTree:
         else:
             self._plan_append()
         self.forwards += self.forwards >= 0
-        expected = self.plan.num_rows * self.equal_rows
-        if num_rows != expected:
-            refuse(f"expected a forward with {expected} tokens, got {num_rows}")
+
+    def end_forward(self) -> None:
+        self.seen += self.forwards >= 0
 
     def _plan_prompts(self) -> None:
         """Each question owns as rows those of its tokens that lie in `prompt_range` of the packed tokens."""
@@ -258,10 +174,6 @@ class SampleTree:
         for new, cache in zip((*self.kv.k_cache, *self.kv.v_cache), (*old.k_cache, *old.v_cache)):
             new.flatten(0, 1)[target] = cache.flatten(0, 1)[source]
         self.plan = None
-
-    def _check_all_layers_stored(self) -> None:
-        if self.next_layer:
-            refuse(f"layers {self.next_layer} to {self.num_layers - 1} stored no KV")
 
 
 def pages_for(tokens: int, page_size: int) -> int:

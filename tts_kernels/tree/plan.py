@@ -97,6 +97,14 @@ class TreePlan:
         self.num_tokens += n * self.num_growing
         return self
 
+    def positions(self) -> torch.Tensor:
+        """[num_rows] int64, the absolute position of each row of q, in the order of q: what rotary embeddings take.
+        Right after `advance_` too; computed on the device, without a host sync."""
+        source, node = self.rows
+        begin = (self.nodes[POSITION] + self.nodes[LENGTH] - self.nodes[OWN_END]).long()  # of row 0, were it the node's
+        rows = torch.arange(self.num_rows, device=self.device)
+        return torch.empty_like(rows).index_copy_(0, source.long(), begin[node.long()] + rows)
+
     def host_tables(self) -> tuple[list[list[int]], list[int], int]:
         """`nodes` and `grows` as lists, without asking the device, and the tokens by which growing nodes may become
         longer, or have become on a device, than that `nodes` says."""
