@@ -1,0 +1,104 @@
+"""What a search returns: every candidate with its scores, the choice, and what each part of it cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer of the policy.
+
+    text         all of it, special tokens left out
+    steps        the pieces that the verifier scored; () without a verifier
+    step_scores  a probability for each of them
+    score        the aggregate of step_scores that the search went by; nan without steps
+    answer       what `answer` took out of the text, or None
+    reason       why it is no longer: "eos", the policy ended it; "length", it ran out of tokens; "stop", it ended a
+                 step and the search took it no further
+    tokens       that the policy sampled for it, from the prompt on, an end token included
+    """
+
+    text: str
+    steps: tuple[str, ...]
+    step_scores: tuple[float, ...]
+    score: float
+    answer: str | None
+    reason: str
+    tokens: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether the policy ended it itself."""
+        return self.reason == "eos"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens and seconds of each part of a search; on a GPU it is waited for before a part's time is taken.
+
+    prompt_tokens     of the policy's prompt, computed once
+    new_tokens        that the policy sampled, for candidates that were dropped on the way too
+    policy_tokens     that went through the policy model, the prompt's included
+    verifier_tokens   that went through the verifier model, the question's included
+    prefill_seconds   the prompt through the policy
+    decode_seconds    sampling
+    verify_seconds    scoring: the session's start, encoding and heads
+    select_seconds    choosing: between steps, the answers, the final choice
+    seconds           all of it
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    policy_tokens: int = 0
+    verifier_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    select_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The record of a search.
+
+    candidates  best first where the search ranks them, else in the order of sampling
+    choice      index of the chosen candidate; -1 where there is none: no score but nan, or nobody voted
+    parameters  of the call, those left to their defaults included
+    """
+
+    question: str
+    method: str
+    candidates: tuple[Candidate, ...]
+    choice: int
+    seed: int
+    parameters: Mapping[str, Any]
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def chosen(self) -> Candidate | None:
+        return self.candidates[self.choice] if self.choice >= 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; nan, which JSON has not, is None."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own["candidates"] = [{**asdict(candidate), "ended": candidate.ended} for candidate in self.candidates]
+        own["cost"] = asdict(self.cost)
+        return _plain(own)
+
+    def to_json(self, **options) -> str:
+        """`to_dict` as JSON; `options` go to json.dumps."""
+        return json.dumps(self.to_dict(), allow_nan=False, **options)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
