@@ -194,6 +194,18 @@ def test_out_of_pages_leaves_the_tree_as_it_was():
     tree.append([a])
 
 
+def test_room_is_what_append_takes():
+    tree = make(num_pages=4, page_size=4)
+    a = tree.add(None, 5)
+    assert tree.room(a) == 11
+    b = tree.add(a, 1)
+    assert tree.room(b) == 7
+    with pytest.raises(OutOfPages):
+        tree.append(b, 8)
+    tree.append(b, 7)
+    assert tree.room(b) == 0 and tree.free_pages == 0
+
+
 def test_caches():
     tree = make(num_pages=5, page_size=3, num_layers=2)
     assert len(tree.k_cache) == len(tree.v_cache) == 2
@@ -258,6 +270,7 @@ def test_a_released_handle_is_refused_everywhere():
         lambda: tree.plan({a: 1}),
         lambda: tree.slots({a: 1}),
         lambda: tree.num_tokens(a),
+        lambda: tree.room(a),
     ):
         with pytest.raises(ValueError, match="expected a node of this tree that is not released, got 0"):
             call()

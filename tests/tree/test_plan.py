@@ -80,6 +80,8 @@ def test_depth_first_order_and_the_callers_rows():
     assert plan.rows.tolist() == [[5, 2, 3, 4, 0, 1], [2, 3, 3, 3, 4, 4]]
     assert plan.grows.tolist() == [0, 0, 1, 1, 1]
     assert (plan.depth, plan.num_tokens, plan.capacity, plan.max_page) == (3, 15, 1, 9)
+    assert plan.positions().tolist() == [0, 1, 5, 6, 7, 9]
+    assert plan.advance_().positions().tolist() == [1, 2, 6, 7, 8, 10]
 
 
 @settings(max_examples=60, deadline=None)
