@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import scoring_cases as cases
 import torch
@@ -17,3 +18,20 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def products_by_row(path, monkeypatch):
+    """For tests of equal bits. The interpreter's tl.dot is numpy's matmul, and on some CPUs (AVX2 for one) OpenBLAS
+    rounds a row differently by its place in the tile. A GPU's instructions treat all rows alike, and what is tested is
+    our kernel: under the interpreter alone a product is a sum of elementwise products, in one order for every row."""
+
+    def matmul(a, b, dtype):  # [m, k], [k, n]
+        a, b = a.astype(dtype), b.astype(dtype)
+        out = np.zeros((a.shape[0], b.shape[1]), dtype)
+        for k in range(a.shape[1]):
+            out += a[:, k, None] * b[k]
+        return out
+
+    if path.interpreted:
+        monkeypatch.setattr(np, "matmul", matmul)

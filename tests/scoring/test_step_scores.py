@@ -136,16 +136,19 @@ def test_defaults_of_heads():
     assert (mlp.act, mlp.activation, mlp.positive, mlp.dim) == ("relu", "softmax", 1, 8)
 
 
-# Two heads of each kind of product. More rows than one block of the reference (64) and of the Triton MLP (64); fewer
-# for the interpreter, which is slow.
+# Two heads of each kind of product, and lengths that fill no vector. More rows than one block of the reference (64) and
+# of the Triton MLP (64); fewer for the interpreter, which is slow.
 INVARIANT = (
     Case(dim=48),
+    Case(dim=37),
+    Case(dim=50, hidden_layer=21),
     Case(dim=48, norm=True, columns=3),
     Case(dim=48, hidden_layer=40, norm=True),
     Case(dim=64, hidden_layer=72, dtypes=(FP16, FP16)),
 )
 
 
+@pytest.mark.usefixtures("products_by_row")
 @pytest.mark.parametrize("case", INVARIANT, ids=str)
 def test_the_batch_changes_no_bit(path, case):
     """A candidate of 5 steps alone, and in batches of many sizes, at any place in them."""

@@ -2,8 +2,9 @@
 
 Why the rest of a batch changes no bit of a row: a BLAS may add in another order for another number of rows, so products
 are made in blocks of one size, whatever the batch (the last is filled up), from one buffer, so that not even the
-alignment differs. All other sums run over one row or one segment. On a device products are torch's: TF32 where the
-caller has switched it on.
+alignment differs. It may also add in another order at another place of the block where the length of a sum fills no
+vector, so that length is filled up too, with zeros. All other sums run over one row or one segment. On a device
+products are torch's: TF32 where the caller has switched it on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HEAD_ROWS = 64  # of a product
+VECTOR = 16  # what the length of a product's sums is a multiple of
 TOKEN_ROWS = 256
 MAX_WEIGHTS = 1 << 23  # elements of the LM head, widened to fp32 at a time
 MAX_TOKENS = 1 << 14  # of the vocabulary at a time: TOKEN_ROWS * MAX_TOKENS logits are 16 MiB
@@ -35,6 +37,7 @@ def logits(
 ) -> Tensor:
     num_steps, dim = positions.shape[0], hidden.shape[1]
     w1, b1, w2, b2, norm_weight = (None if w is None else w.to(torch.float32) for w in (w1, b1, w2, b2, norm_weight))
+    w1, w2 = (None if w is None else filled_up(w) for w in (w1, w2))
     out = hidden.new_empty((num_steps, w2.shape[0]), dtype=torch.float32)
     rows = hidden.new_zeros((HEAD_ROWS, dim), dtype=torch.float32)
     # Autocast would round the products below to its own dtype.
@@ -46,10 +49,15 @@ def logits(
             if norm_weight is not None:
                 x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps) * norm_weight
             if w1 is not None:
-                x = F.linear(x, w1, b1)
+                x = F.linear(filled_up(x), w1, b1)
                 x = F.relu(x) if act == "relu" else F.gelu(x)
-            out[begin : begin + HEAD_ROWS] = F.linear(x, w2, b2)[: block.shape[0]]
+            out[begin : begin + HEAD_ROWS] = F.linear(filled_up(x), w2, b2)[: block.shape[0]]
     return out
+
+
+def filled_up(rows: Tensor) -> Tensor:
+    missing = -rows.shape[1] % VECTOR
+    return F.pad(rows, (0, missing)) if missing else rows
 
 
 def reduce(logits: Tensor, offsets: Tensor, activation: str, positive: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,22 +145,23 @@ def votes(scores: Tensor, group: Tensor, answers: Tensor, method: str) -> tuple[
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
     """Blocks of the vocabulary one after the other; for each row the largest logit, the sum of exp(logit - largest) and
-    the logit of the target. At most 52 MiB beside the result, where d is at most 8192."""
+    the logit of the target. At most 52 MiB beside the result, where d is at most 8192 and fills
+    vectors."""
     (num_rows, dim), vocabulary = hidden.shape, weight.shape[0]
     largest = hidden.new_full((num_rows,), -torch.inf, dtype=torch.float32)
     total, target_logit = torch.zeros_like(largest), torch.full_like(largest, torch.nan)
-    rows = hidden.new_zeros((TOKEN_ROWS, dim), dtype=torch.float32)
+    rows = filled_up(hidden.new_zeros((TOKEN_ROWS, dim), dtype=torch.float32))
     block = max(1, min(MAX_TOKENS, MAX_WEIGHTS // dim))
     buffer = hidden.new_empty(TOKEN_ROWS * min(block, vocabulary), dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         for token in range(0, vocabulary, block):
-            w = weight[token : token + block].to(torch.float32).t()
+            w = filled_up(weight[token : token + block]).to(torch.float32).t()
             b = None if bias is None else bias[token : token + block].to(torch.float32)
             logits = buffer[: TOKEN_ROWS * w.shape[1]].view(TOKEN_ROWS, -1)
             for begin in range(0, num_rows, TOKEN_ROWS):
                 here = slice(begin, min(begin + TOKEN_ROWS, num_rows))
                 count = here.stop - begin
-                rows[:count] = hidden[here].to(torch.float32)
+                rows[:count, :dim] = hidden[here].to(torch.float32)
                 torch.mm(rows, w, out=logits)
                 if b is not None:
                     logits += b
