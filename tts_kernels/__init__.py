@@ -23,6 +23,7 @@ from tts_kernels.scoring import (
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
 from tts_kernels.tree.pack import PackedTree, pack, pack_many
 from tts_kernels.tree.plan import TreePlan
+from tts_kernels.verifier import Verifier, VerifierSession
 
 __all__ = [
     "Explanation",
@@ -33,6 +34,8 @@ __all__ = [
     "Selection",
     "StepScores",
     "TreePlan",
+    "Verifier",
+    "VerifierSession",
     "__version__",
     "aggregate",
     "append_kv",

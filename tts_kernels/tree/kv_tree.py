@@ -97,6 +97,11 @@ class KVTree:
             total += record.length
         return total
 
+    def room(self, node: int) -> int:
+        """Tokens that `append` could add to the node now, if no other node took pages."""
+        record = self._held("node", node)
+        return (len(record.pages) + len(self._free)) * self.page_size - record.length
+
     # --- growing and letting go --------------------------------------------------------------------------------------
 
     def add(self, parent: int | None, num_tokens: int) -> int:

@@ -1,0 +1,222 @@
+"""Sessions against the scores of each path worked out alone: random trees with forks, releases, re-expansions and
+evictions, in few and in many forwards, for every kind of score."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import verifier_cases as cases
+from verifier_cases import HEADS, make, scores_alone, texts
+
+from tts_kernels import OutOfPages
+
+# fp32 models of two layers; implicit rewards are differences of sums of log-probabilities.
+CLOSE = {"abs": 2e-5, "rel": 2e-4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def path_scores(scores, i: int) -> list[float]:
+    begin, end = scores.offsets[i : i + 2].tolist()
+    return scores.prob[begin:end].tolist()
+
+
+def check_aggregates(scores) -> None:
+    for i in range(len(scores.nodes)):
+        prob = torch.tensor(path_scores(scores, i), dtype=torch.float64)
+        assert scores.count[i] == len(prob)
+        if len(prob):
+            wanted = [prob[-1], prob.min(), prob.prod(), prob.mean(), prob.max()]
+            got = [scores.last[i], scores.min[i], scores.prod[i], scores.mean[i], scores.max[i]]
+            assert [float(g) for g in got] == pytest.approx([float(w) for w in wanted], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("chunk_tokens", [4096, 13])
+@pytest.mark.parametrize("when_full, max_tokens", [("refuse", 4096), ("recompute", 176)])
+@pytest.mark.parametrize("kind", HEADS)
+def test_random_trees(kind, when_full, max_tokens, chunk_tokens):
+    rng = random.Random(f"{kind} {chunk_tokens}")
+    verifier = make(kind, page_size=4, chunk_tokens=chunk_tokens)
+    question = texts(rng, 1, 20)
+    with verifier.session(question, max_tokens=max_tokens, when_full=when_full) as session:
+        steps = {session.root: []}
+        seen: dict[int, list[float]] = {}
+        total = 1 + len(question)  # tokens of all nodes there ever were
+        for _ in range(16):
+            open_nodes = [node for node in steps if len(steps[node]) < 5]
+            parents = [rng.choice(open_nodes) for _ in range(rng.randint(0, 4))]
+            new = [texts(rng, 0, 24) for _ in parents]
+            scores = session.extend(parents, new)
+            check_aggregates(scores)
+            for i, (parent, step, node) in enumerate(zip(parents, new, scores.nodes)):
+                total += 0 if node in steps else len(step) + 1
+                steps[node] = [*steps[parent], step]
+                got = path_scores(scores, i)
+                assert got == pytest.approx(scores_alone(verifier, question, steps[node]), **CLOSE)
+                assert got[:-1] == seen.get(parent, [])  # locked: kept bit by bit
+                seen[node] = got
+            if rng.random() < 0.3 and len(steps) > 1:
+                node = rng.choice([n for n in steps if n != session.root])
+                session.release([node] * session._nodes[node].holds)
+                del steps[node], seen[node]
+        if when_full == "refuse":
+            assert session.tokens_encoded == total
+        else:
+            assert session.tokens_encoded > total
+        assert session.tokens_held <= max_tokens
+        session.release([n for n in steps if n != session.root for _ in range(session._nodes[n].holds)])
+        assert list(session._nodes) == [session.root]
+        for model in session.models:
+            assert model.kv.num_pages - model.kv.free_pages == -(-(1 + len(question)) // 4)
+
+
+def test_one_shot_and_steps_agree():
+    verifier = make(page_size=4)
+    outputs = ["abc|def|a", "abc|deg", "abc|def|b|c", "", "h"]
+    one_shot = verifier.score(["good"], [outputs])[0]
+    session = verifier.session("good")
+    for output, wanted in zip(outputs, one_shot):
+        node = session.root
+        for step in verifier.recipe.split(output):
+            scores = session.extend([node], [step])
+            (node,) = scores.nodes
+        got = path_scores(session.scores([node]), 0)
+        assert got == pytest.approx(wanted, abs=1e-6)
+    assert session.tokens_encoded == 5 + len("abc|def|a|") + len("deg|") + len("b|c|") + len("h|")
+
+
+def test_asking_again_costs_nothing(monkeypatch):
+    session = make().session("good")
+    first = session.extend([session.root, session.root, session.root], ["abc", "abd", "abc"])
+    assert first.nodes[0] == first.nodes[2] != first.nodes[1]
+    assert session.tokens_encoded == 5 + 4 + 4
+    monkeypatch.setattr(session.models[0].decoder, "forward", lambda **_: pytest.fail("the model ran"))
+    again = session.extend([session.root], ["abd"])
+    assert again.nodes == first.nodes[1:2]
+    assert torch.equal(again.margin, first.margin[1:2])
+    assert torch.equal(session.scores(first.nodes).margin, first.margin)
+    assert session.steps(first.nodes[1]) == ["abd"]
+    assert session.tokens_encoded == 13
+
+
+def test_holds():
+    """A node is held once for each time that `extend` gave it out, and by its children."""
+    session = make().session("good")
+    (a,) = session.extend([session.root], ["a"]).nodes
+    assert session.extend([session.root], ["a"]).nodes == (a,)
+    (b,) = session.extend([a], ["b"]).nodes
+    session.release(a)
+    assert session.steps(a) == ["a"]
+    with pytest.raises(ValueError, match=r"nodes\[0\]: expected a node that is held by the caller, got"):
+        session.release([a, a])
+    session.release([a])
+    assert session.steps(b) == ["a", "b"]  # a lives by b
+    session.release(b)
+    for node in (a, b):
+        with pytest.raises(ValueError, match=r"nodes\[0\]: expected a node of this session that is not released"):
+            session.scores([node])
+    with pytest.raises(ValueError, match="held by the caller"):
+        session.release(session.root)
+    (again,) = session.extend([session.root], ["a"]).nodes
+    assert again not in (a, b)
+
+
+def test_refuse_changes_nothing():
+    session = make(page_size=4).session("good", max_tokens=16)  # 2 pages of 4 are the question's
+    (a,) = session.extend([session.root], ["abcdefg"]).nodes
+    encoded = session.tokens_encoded
+    with pytest.raises(
+        OutOfPages, match="max_tokens: at least 1 pages of 4 tokens are needed, 0 of 4 are free; release nodes, or open"
+    ):
+        session.extend([a, session.root], ["", "abcd"])
+    assert session.tokens_encoded == encoded and len(session._nodes) == 2
+    assert not session._nodes[a].children
+    session.release(a)
+    assert session.extend([session.root], ["abcd"]).count.tolist() == [1]
+
+
+def test_recompute_serves_more_than_fits_at_once():
+    verifier = make(page_size=4)
+    session = verifier.session("good", max_tokens=24, when_full="recompute")
+    firsts = session.extend([session.root] * 5, ["aaaa", "bbbb", "cccc", "dddd", "eeee"])  # 2 pages each, 4 are free
+    seconds = session.extend(firsts.nodes, ["a", "b", "c", "d", "e"])
+    for i, (first, second) in enumerate(zip(["aaaa", "bbbb", "cccc", "dddd", "eeee"], "abcde")):
+        assert path_scores(seconds, i) == pytest.approx(scores_alone(verifier, "good", [first, second]), abs=2e-5)
+        assert path_scores(seconds, i)[0] == path_scores(firsts, i)[0]
+    with pytest.raises(OutOfPages, match="or give it a larger max_tokens"):
+        session.extend([session.root], ["a" * 30])
+    assert len(session._nodes) == 11
+
+
+@pytest.mark.parametrize("kind", ["softmax", "implicit"])
+def test_a_tokenizer_that_joins_question_and_step(kind):
+    """Then the paths do not share the question's tokens, and are right."""
+    verifier = make(kind, layout=cases.JoinedToTheQuestion(), page_size=4)
+    session = verifier.session("good")
+    a = session.extend([session.root, session.root], ["abc", "abd"])
+    b = session.extend(a.nodes[:1], ["cc"])
+    assert path_scores(a, 1) == pytest.approx(scores_alone(verifier, "good", ["abd"]), **CLOSE)
+    assert path_scores(b, 0) == pytest.approx(scores_alone(verifier, "good", ["abc", "cc"]), **CLOSE)
+    assert path_scores(b, 0) == pytest.approx(verifier.score(["good"], [["abc|cc"]])[0][0], **CLOSE)
+
+
+def test_a_model_that_fails_leaves_the_session_as_it_was(monkeypatch):
+    verifier = make(page_size=4)
+    session = verifier.session("good")
+    (a,) = session.extend([session.root], ["abc"]).nodes
+    pages = session.models[0].kv.free_pages
+    with monkeypatch.context() as patch:
+        patch.setattr(session.models[0].decoder, "forward", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.extend([a, session.root], ["x".replace("x", "h"), "b"])
+    assert session.models[0].kv.free_pages == pages and len(session._nodes) == 2
+    scores = session.extend([a], ["h"])
+    assert path_scores(scores, 0) == pytest.approx(scores_alone(verifier, "good", ["abc", "h"]), abs=2e-5)
+
+
+def test_empty_calls_and_the_root():
+    session = make().session("good")
+    nothing = session.extend([], [])
+    assert nothing.nodes == () and nothing.margin.shape == (0,) and nothing.offsets.tolist() == [0]
+    root = session.scores([session.root])
+    assert root.count.tolist() == [0] and root.min.isnan().all()
+
+
+def test_bad_input():
+    verifier = make(recipe={"context": 12})
+    session = verifier.session("good")
+    for call, error, message in [
+        (lambda: session.extend([7], ["a"]), ValueError, r"parents\[0\]: expected a node of this session"),
+        (lambda: session.extend([0], []), ValueError, "steps: expected 1 steps, as many as parents, got 0"),
+        (lambda: session.extend([0], [3]), TypeError, r"steps\[0\]: expected a text, got int"),
+        (
+            lambda: session.extend([0, 0], ["a", "abcdefgh"]),
+            ValueError,
+            r"steps\[1\]: expected a path of at most 12",
+        ),
+        (lambda: session.release([0]), ValueError, r"nodes\[0\]: expected a node that is held"),
+        (lambda: session.scores([1]), ValueError, r"nodes\[0\]: expected a node of this session"),
+        (lambda: verifier.session(3), TypeError, "question: expected a text, got int"),
+        (lambda: verifier.session("abcdefgh abcdefgh"), ValueError, "question: expected at most 12 tokens"),
+        (lambda: verifier.session("a", when_full="panic"), ValueError, "when_full: expected one of refuse, recompute"),
+        (lambda: verifier.session("a", max_tokens=0), ValueError, "max_tokens: expected at least 1"),
+        (
+            lambda: make(recipe={"stepwise": False}).session("a"),
+            ValueError,
+            "recipe: expected one that scores steps",
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+    assert len(session._nodes) == 1 and session.tokens_encoded == 5
+    session.close()
+    with pytest.raises(RuntimeError, match="the session is closed"):
+        session.extend([0], ["a"])

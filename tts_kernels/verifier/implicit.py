@@ -1,0 +1,103 @@
+"""Implicit process rewards: how much likelier the trained model finds a response's tokens than its reference does.
+
+    reward of a step = sum over the response tokens up to the step's end of beta * (log p_model - log p_reference)
+
+(Yuan et al., Free Process Rewards without Process Labels, 2024; EurusPRM). The logits are never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tts_kernels.scoring import token_logprobs
+from tts_kernels.tree.pack import PackedTree, pack
+
+from .forward import packed_forwards
+from .recipe import Encoded
+
+if TYPE_CHECKING:
+    from tts_kernels.integrations.transformers_tree import TreeModel
+
+
+@dataclass(frozen=True)
+class ImplicitHead:
+    """What takes a score head's place: the whole LM heads of both models, [V, d] each, and beta."""
+
+    weight: Tensor
+    reference_weight: Tensor
+    beta: float
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.reference_weight
+
+    def ratio(self, logprobs: Sequence[Tensor]) -> Tensor:
+        """beta * (log p_model - log p_reference), fp64."""
+        model, reference = logprobs
+        return self.beta * (model.double() - reference.double())
+
+
+def pack_responses(sequences: Sequence[Encoded], device: torch.device) -> PackedTree:
+    """Packed so that the "steps" of a candidate are all its response tokens, behind the token in front of them."""
+    ends = [range(s.response - 1, len(s.ids)) for s in sequences]
+    return pack([s.ids for s in sequences], step_ends=ends, device=device)
+
+
+def packed_rewards(
+    models: Sequence[TreeModel],
+    head: ImplicitHead,
+    packed: PackedTree,
+    sequences: Sequence[Encoded],
+    size: int,
+    backend: str | None,
+) -> Tensor:
+    """[M] fp32, the reward of every step of all `sequences`, which `packed` holds as `pack_responses` packs them."""
+    previous = torch.full((len(packed.tokens),), -1)  # of each response token, on the CPU
+    tokens = [packed.step_rows[a:b].cpu() for a, b in pairwise(packed.offsets.tolist())]
+    for rows in tokens:
+        previous[rows[1:]] = rows[:-1]
+    rows = (previous >= 0).nonzero()[:, 0]
+    logprobs = [
+        row_logprobs(weight, packed.tokens, rows, previous[rows], packed_forwards(model, packed, size), backend)
+        for model, weight in zip(models, head.weights)
+    ]
+    ratio = torch.zeros(len(previous), dtype=torch.float64)
+    ratio[rows] = head.ratio(logprobs).cpu()
+    sums = [ratio[rows[1:]].cumsum(0) for rows in tokens]
+    at = [torch.tensor(s.positions, dtype=torch.int64) - s.response for s in sequences]
+    return torch.cat([of_one[steps] for of_one, steps in zip(sums, at)] or [ratio[:0]]).float().to(packed.tokens.device)
+
+
+def row_logprobs(
+    weight: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    before: Tensor,
+    states: Iterable[tuple[int, Tensor]],
+    backend: str | None,
+    known: Mapping[int, Tensor] | None = None,
+) -> Tensor:
+    """log p(tokens[row] | its path), fp32, for ascending `rows` whose predecessors are `before`; `states` yields hidden
+    states as `forwards` does. Of those only what a later forward needs is kept. `known` has the hidden states of
+    predecessors that do not come by, under negative numbers."""
+    kept = dict(known or {})
+    logprobs, done = [], 0
+    for first, hidden in states:
+        end = first + len(hidden)
+        stop = int(torch.searchsorted(rows, end))
+        source = before[done:stop]
+        picked = [hidden[r - first] if r >= first else kept[r] for r in source.tolist()]
+        if picked:
+            targets = tokens[rows[done:stop].to(tokens.device)]
+            logprobs.append(token_logprobs(torch.stack(picked), weight, targets, backend=backend))
+        later = before[stop:]
+        needed = set(later[later < end].tolist())
+        kept = {r: kept[r] if r in kept else hidden[r - first].clone() for r in needed}
+        done = stop
+    return torch.cat(logprobs) if logprobs else torch.empty(0, device=tokens.device)

@@ -1,0 +1,373 @@
+"""VerifierSession: step-wise scoring of one question's candidates, every token encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tts_kernels.scoring import StepScores, aggregate, step_scores
+from tts_kernels.tree.checks import check_int, fail, int_list
+from tts_kernels.tree.kv_tree import OutOfPages
+from tts_kernels.tree.plan import int_tensor
+
+from .forward import forwards, gather
+from .implicit import row_logprobs
+
+if TYPE_CHECKING:
+    from .verifier import Verifier
+
+WHEN_FULL = ("refuse", "recompute")
+
+
+@dataclass(frozen=True)
+class SessionScores(StepScores):
+    """The StepScores of paths from the question to some nodes: each is a candidate, its steps are all of its path's.
+
+    nodes    the nodes, as they were asked for or made
+    offsets  [N + 1] int64: path i has the steps offsets[i]:offsets[i + 1] of `margin` and `prob`
+    """
+
+    nodes: tuple[int, ...]
+    offsets: Tensor
+
+
+@dataclass(eq=False)
+class Node:
+    """A step: its tokens stand behind those of its parent. The root is the question, without a step."""
+
+    parent: int  # handle, -1 for the root
+    step: str
+    ids: Tensor  # [t] int64
+    length: int  # tokens from the beginning of the path to the end of the step
+    under: int | None  # the node whose KV this one's follows; None: it begins anew
+    response: int  # index of the first of `ids` that belongs to the answer
+    row: int = -1  # of the session's margins; -1 for the root
+    kv: list[int] | None = None  # handles in the KV trees, one for each model; None: not there
+    # Of implicit rewards alone: the last hidden state of each model, and the reward before rounding.
+    states: list[Tensor] | None = None
+    reward: float = 0.0
+    children: dict[str, int] = field(default_factory=dict)  # by step
+    holds: int = 0
+    used: int = 0  # when it was last read
+
+
+class VerifierSession:
+    """Scores steps as a search writes them. Made by `Verifier.session(question)`.
+
+    question    the text that every path begins with; it is encoded at once
+    max_tokens  KV slots; default those of the verifier
+    when_full   what happens when they are used up: "refuse" raises OutOfPages and changes nothing; "recompute" lets go
+                of the keys and values of the paths that were not used for longest, keeps their scores, and encodes them
+                again should they be extended
+
+    A node is a handle, an int that is never used again. Forking is free: extend one parent by several steps. A node
+    lives while it is held, by whoever got it from `extend` (once for each time) until `release`, and by its children.
+    Asking for a step that its parent has already gives the same node, and no token goes through the model.
+    """
+
+    def __init__(self, verifier: Verifier, question: str, *, max_tokens: int | None = None, when_full: str = "refuse"):
+        recipe = verifier.recipe
+        if not recipe.stepwise:
+            fail("recipe", "one that scores steps as they come", f"{recipe.name}, which scores whole answers")
+        if not isinstance(question, str):
+            fail("question", "a text", type(question).__name__, TypeError)
+        if when_full not in WHEN_FULL:
+            fail("when_full", f"one of {', '.join(WHEN_FULL)}", repr(when_full))
+        self.verifier, self.question, self.when_full = verifier, question, when_full
+        self.max_tokens = verifier.max_tokens if max_tokens is None else check_int("max_tokens", max_tokens, 1)
+        self.models = verifier.tree_models(self.max_tokens)
+        self.tokens_encoded = 0  # that went through the model, those encoded again included
+        self.root = 0
+        self._nodes: dict[int, Node] = {}
+        self._next = 0
+        self._margins = torch.empty(0, dtype=torch.float32, device=verifier.device)  # of every step, score before act
+        self._clock = 0
+        ids = self._ids(verifier.encode("question", question, ())[0].ids)
+        root = Node(-1, "", ids, len(ids), None, len(ids), holds=1)
+        self._add(root)
+        if len(ids):
+            self._encode([self.root])
+        else:
+            root.kv = [model.kv.add(None, 0) for model in self.models]
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> VerifierSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of all KV. Scores of nodes can still be asked for; nothing can be extended."""
+        self.models = []
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens whose keys and values are there."""
+        return sum(len(node.ids) for node in self._nodes.values() if node.kv)
+
+    def steps(self, node: int) -> list[str]:
+        """The steps from the question to the node."""
+        return [self._nodes[n].step for n in self._path(self._check("node", node))]
+
+    def scores(self, nodes: Sequence[int]) -> SessionScores:
+        """The scores of the paths to these nodes, from what is kept: nothing goes through the model."""
+        nodes = int_list("nodes", nodes)
+        paths = [self._path(self._check(f"nodes[{i}]", node)) for i, node in enumerate(nodes)]
+        rows = int_tensor([self._nodes[n].row for path in paths for n in path], torch.int64)
+        offsets = [0]
+        for path in paths:
+            offsets.append(offsets[-1] + len(path))
+        device = self._margins.device
+        offsets = int_tensor(offsets, torch.int64).to(device)
+        head = self.verifier.head
+        scores = aggregate(
+            self._margins[rows.to(device)],
+            offsets=offsets,
+            activation="identity" if self.verifier.recipe.implicit or head.activation == "identity" else "sigmoid",
+            backend=self.verifier.backend,
+        )
+        values = {f.name: getattr(scores, f.name) for f in fields(StepScores)}
+        return SessionScores(**values, nodes=tuple(nodes), offsets=offsets)
+
+    # --- growing and letting go --------------------------------------------------------------------------------------
+
+    def extend(self, parents: Sequence[int], steps: Sequence[str]) -> SessionScores:
+        """Puts steps[i] under parents[i], for any number of them, and scores the paths that end there.
+
+        Only what is new goes through the model. A parent may be named several times; a step that it has already, here
+        or from an earlier call, is not encoded again.
+
+        Raises TypeError and ValueError for wrong arguments, among them a path beyond the model's context, naming the
+        step; OutOfPages where there is no room. Nothing is changed then.
+        """
+        parents = int_list("parents", parents)
+        for i, parent in enumerate(parents):
+            self._check(f"parents[{i}]", parent)
+        if len(steps) != len(parents):
+            fail("steps", f"{len(parents)} steps, as many as parents", len(steps))
+        fresh: dict[tuple[int, str], Node] = {}
+        for i, (parent, step) in enumerate(zip(parents, steps)):
+            if not isinstance(step, str):
+                fail(f"steps[{i}]", "a text", type(step).__name__, TypeError)
+            if step not in self._nodes[parent].children and (parent, step) not in fresh:
+                fresh[parent, step] = self._make(f"steps[{i}]", parent, step)
+        self._clock += 1
+        made = [self._add(node) for node in fresh.values()]
+        try:
+            self._encode(made)
+        except BaseException:
+            for node in made:
+                self._forget(node)
+            raise
+        nodes = [self._nodes[parent].children[step] for parent, step in zip(parents, steps)]
+        for node in nodes:
+            self._nodes[node].holds += 1
+        return self.scores(nodes)
+
+    def release(self, nodes: int | Sequence[int]) -> None:
+        """Gives a hold of each of the nodes back. What neither the caller nor a child holds is forgotten."""
+        nodes = [nodes] if isinstance(nodes, int) else int_list("nodes", nodes)
+        for i, node in enumerate(nodes):
+            self._check(f"nodes[{i}]", node)
+            if nodes.count(node) > self._nodes[node].holds - (node == self.root):
+                fail(f"nodes[{i}]", "a node that is held by the caller", node)
+        for node in nodes:
+            self._nodes[node].holds -= 1
+            while not (record := self._nodes[node]).holds and not record.children:
+                self._forget(node)
+                node = record.parent
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _check(self, name: str, node: int) -> int:
+        if node not in self._nodes:
+            fail(name, "a node of this session that is not released", node)
+        return node
+
+    def _forget(self, node: int) -> None:
+        record = self._nodes.pop(node)
+        self._drop_kv(record)
+        del self._nodes[record.parent].children[record.step]
+
+    def _drop_kv(self, record: Node) -> None:
+        for model, handle in zip(self.models, record.kv or ()):
+            model.kv.release(handle)
+        record.kv = None
+
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        return int_tensor(list(ids), torch.int64).to(self._margins.device)
+
+    def _add(self, node: Node) -> int:
+        handle = self._next
+        self._next += 1
+        self._nodes[handle] = node
+        if node.parent >= 0:
+            self._nodes[node.parent].children[node.step] = handle
+        return handle
+
+    def _path(self, node: int) -> list[int]:
+        """The nodes from the root's child to this one."""
+        path = []
+        while self._nodes[node].parent >= 0:
+            path.append(node)
+            node = self._nodes[node].parent
+        return path[::-1]
+
+    def _make(self, name: str, parent: int, step: str) -> Node:
+        """The node of a new step, without KV and score yet."""
+        above, encode = self._nodes[parent], self.verifier.recipe.encode
+        tokenizer, under, response = self.verifier.tokenizer, parent, 0
+        if parent == self.root:
+            sequence, before = encode(tokenizer, self.question, [step]), above.ids.tolist()
+            ids = sequence.ids
+            if ids[: len(before)] != before:  # the tokenizer joins the question's end with the step: not shared then
+                before, under = [], None
+            response = max(0, sequence.response - len(before))
+        else:
+            # How the step is cut into tokens does not depend on what stands before the last one.
+            before = encode(tokenizer, "", [above.step]).ids
+            ids = encode(tokenizer, "", [above.step, step]).ids
+            if ids[: len(before)] != before:
+                fail(name, "a step whose tokens begin behind those of the step before", repr(step))
+        piece = self._ids(ids[len(before) :])
+        length = len(piece) + (0 if under is None else above.length)
+        limit = self.verifier.context
+        if limit is not None and length > limit:
+            fail(name, f"a path of at most {limit} tokens, the context of the model", f"{length} tokens")
+        return Node(parent, step, piece, length, under, response)
+
+    def _encode(self, fresh: list[int]) -> None:
+        """Gives these nodes KV and scores, in as few runs as there is room for."""
+        if fresh and not self.models:
+            raise RuntimeError("the session is closed")
+        group: dict[int, None] = {}  # nodes without KV, parents before children
+        kept: set[int] = set()  # those that the group stands on
+        pages = 0
+        todo = fresh[::-1]
+        while todo:
+            above = self._above(todo[-1])
+            for node in above:
+                self._nodes[node].used = self._clock
+            chain = [node for node in above if self._nodes[node].kv is None and node not in group]
+            more = sum(-(-len(self._nodes[node].ids) // self.verifier.page_size) for node in chain)
+            if self._make_room(pages + more, kept.union(above)):
+                group.update(dict.fromkeys(chain))
+                kept.update(above)
+                pages += more
+                todo.pop()
+            elif group and self.when_full == "recompute":
+                self._run(list(group))
+                group, kept, pages = {}, set(), 0
+            else:
+                kv = self.models[0].kv
+                advice = "" if self.when_full == "recompute" else "or open the session with when_full='recompute', "
+                raise OutOfPages(
+                    f"max_tokens: at least {pages + more} pages of {kv.page_size} tokens are needed, {kv.free_pages} "
+                    f"of {kv.num_pages} are free; release nodes, {advice}or give it a larger max_tokens"
+                )
+        if group:
+            self._run(list(group))
+
+    def _above(self, node: int) -> list[int]:
+        """The nodes whose KV a node's stands on, the topmost first, and itself."""
+        chain: list[int] = []
+        at: int | None = node
+        while at is not None:
+            chain.append(at)
+            at = self._nodes[at].under
+        return chain[::-1]
+
+    def _make_room(self, pages: int, kept: set[int]) -> bool:
+        """Whether so many pages are free, after letting go of what was not used for longest where that is allowed."""
+        free = self.models[0].kv
+        while self.when_full == "recompute" and free.free_pages < pages:
+            held = {n: record for n, record in self._nodes.items() if record.kv and n not in kept and n != self.root}
+            inner = {record.under for record in self._nodes.values() if record.kv}
+            leaves = sorted(held.keys() - inner, key=lambda n: (held[n].used, n))
+            if not leaves:
+                break
+            for node in leaves:
+                if free.free_pages < pages:
+                    self._drop_kv(held[node])
+        return free.free_pages >= pages
+
+    def _run(self, group: list[int]) -> None:
+        """Nodes without KV through the models, and scores for those that have none yet."""
+        records = [self._nodes[node] for node in group]
+        lengths = [len(record.ids) for record in records]
+        first = list(accumulate(lengths, initial=0))
+        last_rows = torch.tensor([end - 1 for end in first[1:]])
+        fresh = [i for i, record in enumerate(records) if record.row < 0 and record.parent >= 0]
+        handles: list[list[int]] = []
+        states: list[Tensor] = []  # the last of each record, by model
+        logprobs: list[Tensor] = []
+        try:
+            for m, model in enumerate(self.models):
+                handles.append([])
+                passed: list[Tensor] = []
+                stream = gather(
+                    forwards(model, self._pieces(group, m, handles[-1]), self.verifier.chunk_tokens), last_rows, passed
+                )
+                if self.verifier.recipe.implicit and fresh:
+                    logprobs.append(self._logprobs(m, records, first, fresh, stream))
+                for _ in stream:
+                    pass
+                states.append(torch.cat(passed))
+        except BaseException:
+            for model, added in zip(self.models, handles):
+                model.kv.release(added)
+            raise
+        self.tokens_encoded += sum(lengths)
+        for i, record in enumerate(records):
+            record.kv = [added[i] for added in handles]
+            if self.verifier.recipe.implicit:
+                record.states = [of_model[i] for of_model in states]
+        if fresh:
+            scored = [records[i] for i in fresh]
+            margins = self._rewards(scored, logprobs) if logprobs else self._head(states[0][fresh])
+            for row, record in enumerate(scored, len(self._margins)):
+                record.row = row
+            self._margins = torch.cat([self._margins, margins])
+
+    def _pieces(self, group: list[int], m: int, added: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """What `forwards` takes; puts the handles into `added`."""
+        handle = {}
+        for node in group:
+            record, kv = self._nodes[node], self.models[m].kv
+            under = record.under
+            above = None if under is None else handle[under] if under in handle else self._nodes[under].kv[m]
+            handle[node] = kv.add(above, 0)
+            added.append(handle[node])
+            yield handle[node], record.ids
+
+    def _head(self, states: Tensor) -> Tensor:
+        offsets = torch.tensor([0, len(states)], device=states.device)
+        rows = torch.arange(len(states), device=states.device)
+        return step_scores(states, rows, self.verifier.head, offsets=offsets, backend=self.verifier.backend).margin
+
+    def _logprobs(self, m: int, records: list[Node], first: list[int], fresh: list[int], stream: Iterable) -> Tensor:
+        """By model m, the log-probabilities of the answer's tokens in the fresh records, one behind the other."""
+        rows = [torch.arange(first[i] + records[i].response, first[i + 1]) for i in fresh]
+        before = [r - 1 for r in rows]
+        known = {}
+        for r, i in zip(before, fresh):
+            if records[i].response == 0:
+                r[0], known[-1 - i] = -1 - i, self._nodes[records[i].under].states[m]
+        return row_logprobs(
+            self.verifier.head.weights[m], torch.cat([record.ids for record in records]), torch.cat(rows),
+            torch.cat(before), stream, self.verifier.backend, known,
+        )  # fmt: skip
+
+    def _rewards(self, fresh: list[Node], logprobs: list[Tensor]) -> Tensor:
+        ratios = self.verifier.head.ratio(logprobs).split([len(record.ids) - record.response for record in fresh])
+        sums = torch.stack([ratio.sum() for ratio in ratios])
+        for record, total in zip(fresh, sums.tolist()):
+            record.reward = self._nodes[record.parent].reward + total
+        return torch.tensor([record.reward for record in fresh], dtype=torch.float32, device=sums.device)
