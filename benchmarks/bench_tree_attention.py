@@ -3,8 +3,9 @@
 import pytest
 
 from tts_kernels.attention import api
+from tts_kernels.measure.inputs import error, tolerance
 
-from .cases import DTYPES, GRIDS, AttentionCase, AttentionInputs, error, tolerance
+from .cases import DTYPES, GRIDS, AttentionCase, AttentionInputs
 from .measure import OURS, interleave
 from .peers import PEERS
 

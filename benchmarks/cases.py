@@ -9,14 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tts_kernels.measure.inputs import DTYPES as ALL_DTYPES
+from tts_kernels.measure.inputs import SCORE_SPREAD
 from tts_kernels.tree.plan import TreePlan
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 28, 4, 128, 16
 GROUP = NUM_Q_HEADS // NUM_KV_HEADS
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Standard deviation of the scores. Few keys then matter to a row, as in a trained model, and to most rows other ones: a
-# kernel that loses a page is far off somewhere. With 1, the sums would hide it.
-SCORE_SPREAD = 3.0
+DTYPES = {name: ALL_DTYPES[name] for name in ("bf16", "fp32")}
 
 
 @dataclass(frozen=True)
@@ -121,19 +120,6 @@ class AttentionInputs:
         out = torch.einsum("nhgt,htd->nhgd", weight[..., :p], v[0])
         out += torch.einsum("nhgt,nhtd->nhgd", weight[..., p:], v_own)
         return out.reshape(n, NUM_Q_HEADS, HEAD_DIM)
-
-
-def error(out: Tensor, reference: Tensor) -> float:
-    """The largest error of a row's head, relative to the length of that vector; inf where there is a NaN."""
-    difference = (out.float() - reference).norm(dim=-1) / reference.norm(dim=-1)
-    return difference.nan_to_num(nan=math.inf).max().item()
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """For `error`. The result is rounded once and the probabilities may be (half an epsilon each, times two); scores
-    of some tens in fp32, and fast exponentials, are good to about a hundred epsilons."""
-    rounding = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
-    return 2 * rounding + 128 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 COMMANDS = {
     "demo": "decode N samples over one shared KV tree, beside stock transformers",
     "doctor": "show which backends this machine has, and every reason why not the others",
+    "tune": "search the kernels' configs on this GPU, and write what was measured to a table",
 }
 
 
@@ -46,6 +47,13 @@ def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     from . import doctor
 
     return lambda args: doctor.main()
+
+
+def _tune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from .measure import tune
+
+    tune.add_arguments(parser)
+    return tune.main
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Backends:
     modules     name of each backend and of its module; None: the name is taken, the backend does not exist yet
     preference  by device type, the names in the order in which the default tries them
     ops         every public op, and the op that backends know it as
+    measured    (op, *tensors): the name that was measured fastest for such a call on that device, or None
     """
 
     family: str
@@ -52,6 +53,7 @@ class Backends:
     modules: dict[str, str | None]
     preference: dict[str, tuple[str, ...]]
     ops: dict[str, str]
+    measured: Callable[..., str | None] | None = None
     loaded: dict[str, ModuleType | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,10 +92,16 @@ class Backends:
             if reasons:
                 raise RuntimeError(f"backend {backend!r} cannot run {op}: " + "; ".join(reasons))
             return self.load(backend)
-        for name in self.preferred(tensors[0].device):
+        for name in self.order(op, *tensors):
             if not self.unsupported_reasons(op, name, *tensors):
                 return self.load(name)
         raise RuntimeError(f"no backend can run {op} on {tensors[0].device}")
+
+    def order(self, op: str, *tensors: Tensor) -> tuple[str, ...]:
+        """The names as the default tries them: what was measured fastest for such a call, then by preference."""
+        names = self.preferred(tensors[0].device)
+        first = self.measured(self.ops[op], *tensors) if self.measured else None
+        return (first, *(name for name in names if name != first)) if first else names
 
     def preferred(self, device: torch.device) -> tuple[str, ...]:
         return self.preference.get(device.type, ("reference",))

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
-from torch import Tensor
 
 from tts_kernels import configs
 from tts_kernels.attention import triton as backend
+from tts_kernels.measure.compiling import as_device, meta, recorded_launches, tree_attention_launches
 from tts_kernels.scoring import triton as scoring
 from tts_kernels.tree import prefix_triton
 
 from .archs import ARCHS
-from .compiling import StaticCase, recorded_launches
+from .compiling import StaticCase
 
 # Devices for which configs are shipped.
 DEVICES = {
@@ -82,12 +81,7 @@ def cases(arch: str) -> Iterator[StaticCase]:
         if DEVICES.get(entry["for"], entry["for"]) == arch and not any(a.takes(entry, arch) for a in ATTENTION):
             raise ValueError(f"ATTENTION: expected a case for every entry of tree_attention.json, got none for {entry}")
     for device in (arch, *(name for name in DEVICES if DEVICES[name] == arch and name in shipped)):
-        with (
-            mock.patch.object(backend, "device_kind", lambda _, device=device: (device, arch)),
-            mock.patch.object(
-                backend, "needs_fp8_bits", lambda cache: cache.dtype == FP8 and arch not in ("sm_90", "sm_100")
-            ),
-        ):
+        with as_device(device, arch):
             yield from attention(arch, "" if device == arch else f" {device}")
     yield from others()
     yield from scorings(arch)
@@ -98,24 +92,17 @@ def attention(arch: str, suffix: str) -> Iterator[StaticCase]:
         if arch not in a.archs:
             continue
         num_q_heads, num_kv_heads = a.heads
-        num_nodes, num_rows, num_items, num_states = 65, 63, 1000, 1000  # nothing that Triton would specialise for
         cache = a.cache or a.q
         num_pages = a.cache_bytes // (a.page_size * num_kv_heads * a.head_dim * cache.itemsize)
-        q = meta(num_rows, num_q_heads, a.head_dim, dtype=a.q)
-        k_cache, v_cache = (meta(num_pages, a.page_size, num_kv_heads, a.head_dim, dtype=cache) for _ in "kv")
+        q = meta(63, num_q_heads, a.head_dim, dtype=a.q)
+        k_cache = meta(num_pages, a.page_size, num_kv_heads, a.head_dim, dtype=cache)
         config = backend.config_of(q, k_cache)
-        work = backend.Work(
-            config, meta(4 * num_items + num_nodes + num_rows, dtype=torch.int32),
-            meta(num_states * num_q_heads * (a.head_dim + 2)), num_items, num_states,
-        )  # fmt: skip
-        lse, sinks = (meta(num_rows, num_q_heads), meta(num_q_heads)) if a.extras else (None, None)
+        lse, sinks = (meta(63, num_q_heads), meta(num_q_heads)) if a.extras else (None, None)
         k_scale, v_scale = (meta(num_kv_heads), meta(num_kv_heads)) if a.extras else (None, None)
-        nodes, pages, rows = (meta(*shape, dtype=torch.int32) for shape in ((7, num_nodes), (9999,), (2, num_rows)))
-        with recorded_launches() as launches:
-            backend.tree_attention(
-                torch.empty_like(q), lse, q, k_cache, v_cache, nodes, pages, rows, a.page_size, True, 0.1, a.softcap,
-                a.window, sinks, k_scale, v_scale, (work.table, work.scratch, work.tile),
-            )  # fmt: skip
+        launches = tree_attention_launches(
+            q, k_cache, config, lse=lse, softcap=a.softcap, window=a.window, sinks=sinks, k_scale=k_scale,
+            v_scale=v_scale,
+        )  # fmt: skip
         tiles, merge = launches
         # load_kv reads K and V through `pointer`.
         mma = MMA[arch] if a.q.itemsize == 2 and config.wide_rows >= 64 else None
@@ -196,7 +183,3 @@ def scorings(arch: str) -> Iterator[StaticCase]:
             mma=MMA[arch] if dtype == BF16 else None,
         )  # fmt: skip
     yield StaticCase("join_vocabulary", *launches["join_vocabulary"])
-
-
-def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")

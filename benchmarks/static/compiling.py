@@ -19,7 +19,9 @@ from pathlib import Path
 
 import triton
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction
+
+from tts_kernels.measure.compiling import specialised
 
 from . import assembly
 from .archs import Arch
@@ -74,35 +76,13 @@ class Figures:
         return arch.blocks(self.registers, self.shared, self.num_warps, self.tensor_memory)
 
 
-@contextlib.contextmanager
-def recorded_launches() -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
-    """Launches inside are not run but listed, as (kernel, args, kwargs)."""
-    launches = []
-
-    def run(self, *args, grid, warmup, **kwargs) -> None:
-        launches.append((self, args, kwargs))
-
-    original = JITFunction.run
-    JITFunction.run = run
-    try:
-        yield launches
-    finally:
-        JITFunction.run = original
-
-
-def specialised(case: StaticCase, arch: Arch) -> tuple[ASTSource, dict]:
-    """What a launch would hand to triton.compile, by the functions that a launch calls: 16-byte alignment, divisibility
-    and size of arguments, constants, options."""
-    backend = make_backend(arch.target)
-    bind = create_function_from_signature(case.kernel.signature, case.kernel.params, backend)
-    bound, specialization, rest = bind(*case.args, **case.kwargs)
-    options, signature, constexprs, attrs = case.kernel._pack_args(backend, case.kwargs, bound, specialization, rest)
-    return ASTSource(case.kernel, signature, constexprs, attrs), options.__dict__
+def specialised_case(case: StaticCase, arch: Arch) -> tuple[ASTSource, dict]:
+    return specialised((case.kernel, case.args, case.kwargs), arch.target)
 
 
 def compile_case(case: StaticCase, arch: Arch, keep: Path | None = None) -> Figures:
     """In this process. `keep`: a folder for everything from Triton's IR to the assembly."""
-    source, options = specialised(case, arch)
+    source, options = specialised_case(case, arch)
     log = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -141,7 +121,7 @@ def compile_case(case: StaticCase, arch: Arch, keep: Path | None = None) -> Figu
 
 def key(case: StaticCase, arch: Arch) -> str:
     """Of everything that the figures depend on: kernel and what it calls, arguments, options, compilers, this code."""
-    source, options = specialised(case, arch)
+    source, options = specialised_case(case, arch)
     here = [Path(module).read_text() for module in (__file__, assembly.__file__)]
     parts = [
         source.hash(),

@@ -281,7 +281,7 @@ VARIANTS = """
 import torch
 from unittest import mock
 from benchmarks.static.archs import ARCHS
-from benchmarks.static.compiling import StaticCase, recorded_launches, specialised
+from tts_kernels.measure.compiling import recorded_launches, specialised
 from tts_kernels.attention import triton as backend
 from tts_kernels.tree.plan import TreePlan
 
@@ -301,7 +301,7 @@ with mock.patch.object(backend, "device_kind", return_value=("NVIDIA H200", "sm_
             with recorded_launches() as launches:
                 backend.tree_attention(torch.empty_like(q), None, q, k, v, *given, lists)
             for kernel, args, kwargs in launches:
-                source, options = specialised(StaticCase("", kernel, args, kwargs), ARCHS["sm_90"])
+                source, options = specialised((kernel, args, kwargs), ARCHS["sm_90"].target)
                 seen.setdefault(kernel.__name__, set()).add((source.hash(), str(options)))
 print({name: len(variants) for name, variants in seen.items()})
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 from tts_kernels.dispatch import Backends, register
 from tts_kernels.tree.plan import TreePlan
 
-from . import checks
+from . import checks, tables
 
 BACKENDS = Backends(
     "attention",
@@ -28,6 +28,7 @@ BACKENDS = Backends(
         "append_kv": "append_kv",
         "merge_states": "merge_states",
     },
+    tables.fastest,
 )
 
 
@@ -66,7 +67,8 @@ def tree_attention(
         k_scale, v_scale: what stored keys and values are multiplied by: a number, or a tensor [], [1] or [Hkv].
         out: [R, Hq, D] like q, dense in the last dimension: written in place and returned. Shares memory with no input.
         return_lse: also return the natural logarithm of the sum of exp(score), [R, Hq] float32.
-        backend: "reference", "cpu", "triton" or "cuda": runs there or raises, never elsewhere. Default: by device.
+        backend: "reference", "cpu", "triton" or "cuda": runs there or raises, never elsewhere. Default: what was
+            measured fastest for the geometry on this device (`tts-kernels tune`), else by device.
         check: also look at values, at the cost of a pass over the plan and a synchronisation: page ids in the cache's
             range, and no NaN in tensors on a device (Python numbers and CPU tensors are always looked at).
 
@@ -127,7 +129,7 @@ def decode_attention(
     check: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A paged decode call in its usual form: one row for each sequence, [B, Hq, D]. What the sequences share is found
-    from equal leading pages of `block_table` and read once.
+    from equal leading pages of `block_table` and read once, except where that was measured to be slower on this device.
 
     Args:
         q: [B, Hq, D]; the KV of each row's token is in the cache already.
@@ -147,7 +149,8 @@ def decode_attention(
             checks.fail("block_table", f"shape [{q.shape[0]}, max_pages] for the rows of q", tuple(block_table.shape))
         if block_table.device != q.device:
             checks.fail("block_table", f"a tensor on {q.device} like q", f"one on {block_table.device}")
-        plan = TreePlan.from_block_table(block_table, seq_lens, page_size=k_cache.shape[1])
+        least = tables.least_saving(q, k_cache)
+        plan = TreePlan.from_block_table(block_table, seq_lens, page_size=k_cache.shape[1], least_saving=least)
     return tree_attention(
         q, k_cache, v_cache, plan, scale=scale, softcap=softcap, window=window, sinks=sinks, k_scale=k_scale,
         v_scale=v_scale, out=out, return_lse=return_lse, backend=backend, check=check,

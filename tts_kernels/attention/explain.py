@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tts_kernels import configs
 from tts_kernels.ceilings import measured
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, ROWS_END, TreePlan
 
-from . import checks
+from . import checks, tables
 from .api import BACKENDS
 
 
@@ -165,14 +166,22 @@ def choice(backend: str | None, *tensors: Tensor) -> tuple[str, str, dict[str, l
     if BACKENDS.check(backend):
         BACKENDS.pick("tree_attention", backend, *tensors)  # raises if it cannot
         return backend, "asked for", {}
-    names = BACKENDS.preferred(tensors[0].device)
+    names = BACKENDS.order("tree_attention", *tensors)
+    row = tables.row(*tensors[:2])
     refused = {}
     for name in names:
         reasons = BACKENDS.unsupported_reasons("tree_attention", name, *tensors)
+        if not reasons and row and name == row["backend"]:
+            return name, f"measured fastest here ({configs.source(row)}; {sharing(row)})", refused
         if not reasons:
             return name, f"the first of {', '.join(names)} that can run here", refused
         refused[name] = reasons
     raise RuntimeError(f"no backend can run tree_attention on {tensors[0].device}")
+
+
+def sharing(row: dict) -> str:
+    least = row["least_saving"]
+    return f"block tables: runs that save less than {least:,} tokens are not shared" if least else "all runs are shared"
 
 
 def check_rate(name: str, value: float | None) -> float | None:

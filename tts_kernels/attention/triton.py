@@ -57,7 +57,7 @@ def prepare(plan: TreePlan, q: Tensor, k_cache: Tensor) -> Work:
 
 def config_of(q: Tensor, k_cache: Tensor) -> TreeConfig:
     name, arch = device_kind(q.device)
-    return tree_config(name, arch, q.shape[2], k_cache.shape[2], q.element_size(), k_cache.element_size())
+    return tree_config(name, arch, q.shape[2], k_cache.shape[2], q.element_size(), k_cache.element_size(), q.shape[1])
 
 
 @functools.cache
@@ -222,9 +222,8 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 
 def needs_fp8_bits(cache: Tensor) -> bool:
     """Whether e4m3 is widened by integer arithmetic: under the interpreter, on NVIDIA before sm_89 and on AMD."""
-    if cache.dtype != FP8:
-        return False
-    return INTERPRETED or bool(torch.version.hip) or torch.cuda.get_device_capability(cache.device) < (8, 9)
+    arch = device_kind(cache.device)[1]
+    return cache.dtype == FP8 and not (arch.startswith("sm_") and int(arch[3:]) >= 89)
 
 
 def on(device: torch.device):

@@ -1,4 +1,14 @@
-"""Frozen configs of the Triton kernels: looked up by op, device and geometry, else made by a rule."""
+"""Frozen configs of the Triton kernels: looked up by op, device and geometry, else made by a rule.
+
+    tree_attention.json                       tile shapes by architecture: what compiles well, not measured
+    tree_attention,device_name=NAME.json      what `tts-kernels tune` measured on that device, a row for each geometry;
+                                              in this folder, or in the one that TTS_KERNELS_CONFIGS names
+
+A row decides three things for its device and geometry: the tile and split sizes (`config`), what backend=None takes
+(`backend`), and how many tokens a shared run of a block table has to save reading before it is cut off
+(`least_saving`). Where no row was measured: the architecture's entry, else `rule`; the order of the backends in
+attention/api.py; and 0, all whole pages are shared, since a shared node costs these kernels no launch, only states.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,7 @@ import json
 import os
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,15 @@ def batch_invariant() -> bool:
 
 
 def tree_config(
-    device_name: str, arch: str, head_dim: int, num_kv_heads: int, q_bytes: int, kv_bytes: int
+    device_name: str,
+    arch: str,
+    head_dim: int,
+    num_kv_heads: int,
+    q_bytes: int,
+    kv_bytes: int,
+    num_q_heads: int | None = None,
 ) -> TreeConfig:
-    """The config of a geometry: tree_attention.json's entry for the device, else for its architecture, else `rule`.
+    """The config of a geometry: what was measured on the device, else the entry of its architecture, else `rule`.
 
     device_name        as torch.cuda.get_device_name() gives it, e.g. "NVIDIA H200"
     arch               "sm_90", "gfx942", ...; "interpreter"
@@ -68,14 +85,44 @@ def tree_config(
     """
     key = {"block_dim": block_dim(head_dim), "q_bytes": q_bytes, "kv_bytes": kv_bytes}
     values = dict(INTERPRETER) if arch == "interpreter" else rule(**key)
+    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
     for name in (arch, device_name):
-        for entry in shipped("tree_attention"):
-            if entry["for"] == name and all(entry[k] == v for k, v in key.items()):
-                values |= entry["config"] | {"source": f"tree_attention.json, {name}"}
+        for entry in entries("tree_attention", name, key | heads):
+            values |= entry["config"] | {"source": source(entry)}
     # A long node's prefix rows are many, and each chunk costs each of them a state: few chunks, unless heads are few.
     values.setdefault("max_chunks", min(max(64 // num_kv_heads, 16), 64))
     config = TreeConfig(**values)
     return config.invariant() if batch_invariant() else config
+
+
+def measured_row(
+    op: str, device_name: str, num_q_heads: int, num_kv_heads: int, head_dim: int, q_bytes: int, kv_bytes: int
+) -> dict | None:
+    """What was measured on the device for this very geometry."""
+    key = {"block_dim": block_dim(head_dim), "q_bytes": q_bytes, "kv_bytes": kv_bytes}
+    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
+    rows = [
+        entry for entry in entries(op, device_name, key | heads) if "file" in entry and heads.items() <= entry.items()
+    ]
+    return rows[-1] if rows else None
+
+
+def entries(op: str, name: str, key: dict) -> list[dict]:
+    """Those of a device or architecture that fit, entries that name heads after those for any."""
+    fitting = [
+        entry for entry in shipped(op) if entry["for"] == name and all(entry.get(k, v) == v for k, v in key.items())
+    ]
+    return sorted(fitting, key=lambda entry: "num_q_heads" in entry)
+
+
+def source(entry: dict) -> str:
+    if "file" in entry:
+        return f"{entry['file']}, {entry['num_q_heads']}/{entry['num_kv_heads']} heads"
+    return f"tree_attention.json, {entry['for']}"
+
+
+def table_name(op: str, device_name: str) -> str:
+    return f"{op},device_name={device_name.replace(' ', '_')}.json"
 
 
 def rule(block_dim: int, q_bytes: int, kv_bytes: int) -> dict:
@@ -114,6 +161,19 @@ INTERPRETER = {
 }
 
 
-@functools.cache
 def shipped(op: str) -> list[dict]:
-    return json.loads((resources.files(__package__) / f"{op}.json").read_text())
+    """The entries of the op's tables, each with the device or architecture that it is `for`; measured rows also with
+    their `file`. Files are read once."""
+    return _read(op, os.environ.get("TTS_KERNELS_CONFIGS", ""))
+
+
+@functools.cache
+def _read(op: str, folder: str) -> list[dict]:
+    here = resources.files(__package__)
+    found = json.loads((here / f"{op}.json").read_text())
+    for place in (here, *([Path(folder)] if folder else [])):
+        for file in sorted(place.iterdir(), key=lambda file: file.name):
+            if file.name.startswith(f"{op},device_name=") and file.name.endswith(".json"):
+                table = json.loads(file.read_text())
+                found += [{"for": table["device"], "file": file.name} | row for row in table["rows"]]
+    return found

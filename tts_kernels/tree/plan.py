@@ -21,7 +21,7 @@ from tts_kernels.tree.checks import (
     int_list,
     page_lists,
 )
-from tts_kernels.tree.prefix import DeviceTable, HostTable, shared_runs
+from tts_kernels.tree.prefix import DeviceTable, HostTable, shared_runs, worthwhile
 
 try:
     from tts_kernels import _C as native
@@ -178,6 +178,7 @@ class TreePlan:
         q_lens: torch.Tensor | None = None,
         causal: bool = True,
         reserve: int = 0,
+        least_saving: int = 0,
     ) -> TreePlan:
         """The plan of a paged batch. Sequences whose leading page ids are equal share those pages: any number of
         groups, nested to any depth, their members anywhere in the batch.
@@ -189,6 +190,8 @@ class TreePlan:
                      see nothing and never grow
         q_lens       [B] int32 or int64 rows of each sequence, its last tokens; default 1 each
         reserve      tokens by which each sequence can grow with `advance_`
+        least_saving  pages that sequences share are a node of their own only where that saves reading so many tokens:
+                     tokens * (sequences - 1). Others stay with the sequences, as if they were not shared
 
         Whole pages before a sequence's rows can be shared; the rows always own a private leaf. Rows of q lie in batch
         order. The plan is on the device of `block_table`; the lengths may be on another.
@@ -200,6 +203,8 @@ class TreePlan:
         not on the CPU and triton cannot be imported.
         """
         check_options(page_size, causal)
+        if type(least_saving) is not int or least_saving < 0:
+            fail("least_saving", "an int of at least 0", repr(least_saving))
         check_integers("block_table", block_table, "[B, max_pages]")
         table = (HostTable if block_table.device.type == "cpu" else DeviceTable)(
             block_table, seq_lens, q_lens, page_size=page_size, reserve=reserve
@@ -208,6 +213,8 @@ class TreePlan:
         first_row = list(accumulate(q_lens, initial=0))
         length, rows, source, pages = [], [], [], []
         nodes = shared_runs(table.order, table.common)
+        if least_saving:
+            nodes = worthwhile(nodes, -(-least_saving // page_size))
         for run in nodes:
             end = run.end
             tokens = (end - run.begin) * page_size

@@ -72,6 +72,27 @@ def shared_runs(order: list[int], common: list[int]) -> list[Run]:
     return runs
 
 
+def worthwhile(runs: list[Run], least: int) -> list[Run]:
+    """Without the inner nodes that save fewer than `least` reads of a page: pages x (sequences below - 1). Their pages
+    go to their children, each of which then reads them for itself."""
+    sequences = [int(run.leaf) for run in runs]
+    for i in reversed(range(len(runs))):
+        if runs[i].parent >= 0:
+            sequences[runs[i].parent] += sequences[i]
+    kept: list[Run] = []
+    place, begins, gone = [], [], []  # of each run; of one that is gone, the place of the run around it
+    for run, count in zip(runs, sequences):
+        outer = run.parent
+        begin = begins[outer] if outer >= 0 and gone[outer] else run.begin
+        up = place[outer] if outer >= 0 else -1
+        begins.append(begin)
+        gone.append(not run.leaf and (run.end - begin) * (count - 1) < least)
+        place.append(up if gone[-1] else len(kept))
+        if not gone[-1]:
+            kept.append(Run(up, run.member, begin, begin if run.leaf else run.end, run.leaf))
+    return kept
+
+
 def common_pages(a: bytes, b: bytes, item: int) -> int:
     """Leading pages, of `item` bytes each, that are equal."""
     limit = min(len(a), len(b)) // item

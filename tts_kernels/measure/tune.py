@@ -1,0 +1,305 @@
+"""`tts-kernels tune`: the fastest config of tree_attention for each geometry on this device, searched among explicit
+ones, beside the other backends and beside not sharing; written to a table that tts_kernels/configs reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from tts_kernels import configs
+from tts_kernels._version import __version__
+from tts_kernels.attention import api
+from tts_kernels.attention import triton as backend
+from tts_kernels.attention.work import make_work
+from tts_kernels.ceilings import best_time
+from tts_kernels.configs import TreeConfig
+from tts_kernels.tree.plan import TreePlan
+
+from .inputs import Geometry, Inputs, Tree, error, lone, star, tolerance
+from .timing import cache_bytes, capture, interleave, set_count, synchronize
+
+OP = "tree_attention"
+GEOMETRIES = ("28/4 d128", "32/8 d128", "40/8 d128", "64/8 d128", "16/1 d128", "32/8 d64", "16/8 d256")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried, and on what.
+
+    trees   the config is the best over all of them: wide and narrow tiles, few chunks and many, bound by memory and by
+            arithmetic
+    rounds  values of some fields: all combinations, the other fields as in the best of the round before
+    sharing (n, prefix) pairs, each once shared and once not: from how many saved tokens on sharing pays
+    """
+
+    trees: dict[str, Tree]
+    rounds: tuple[dict[str, tuple[int, ...]], ...]
+    sharing: tuple[tuple[int, int], ...]
+    suffix: int  # of the sharing pairs
+    samples: int
+
+
+FULL = Search(
+    {
+        "N=64 P=16384 S=64": star(64, 16384, 64),
+        "N=64 P=8192 S=1024": star(64, 8192, 1024),
+        "N=16 P=4096 S=2048": star(16, 4096, 2048),
+        "N=4 P=2048 S=256": star(4, 2048, 256),
+        "N=64 alone, 4096": lone(64, 4096),
+    },
+    (
+        {"wide_rows": (64, 128), "wide_tokens": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+        {"narrow_tokens": (32, 64, 128), "num_stages": (2, 3, 4)},
+        {"min_chunk": (128, 256, 512, 1024), "max_chunks": (8, 16, 32, 64)},
+    ),
+    tuple((n, prefix) for n in (2, 4, 8) for prefix in (128, 256, 512, 1024)),
+    256,
+    9,
+)  # fmt: skip
+SMALL = Search(
+    {"N=2 P=64 S=8": star(2, 64, 8)},
+    ({"narrow_tokens": (16, 32)}, {"min_chunk": (64, 128)}),
+    ((2, 32),),
+    8,
+    2,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--geometry", action="append", type=Geometry.parse, metavar="HEADS",
+        help=f'query and KV heads, head_dim and dtypes: "32/8 d128", "32/8 d128 bf16+fp8"; several times for several '
+        f"(default: {', '.join(GEOMETRIES)})",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the table (default: the package's own)")
+    parser.add_argument("--small", action="store_true", help="a few configs on small trees: whether it works")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    if not backend.INTERPRETED and not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU here to tune for")
+    device = torch.device("cpu" if backend.INTERPRETED else "cuda")
+    name, _ = backend.device_kind(device)
+    search = SMALL if args.small else FULL
+    folder = args.out or Path(configs.__file__).parent
+    path = folder / configs.table_name(OP, name)
+    wrong = False
+    for geometry in args.geometry or map(Geometry.parse, GEOMETRIES):
+        start = time.perf_counter()
+        row, failed = tune(geometry, search, device, args.jobs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, name, row)  # after each: an interrupted search has done something
+        gain = statistics.geometric_mean(row["before"][tree] / row["seconds"][tree] for tree in row["seconds"])
+        skipped = len(row["skipped"])
+        print(
+            f"{geometry}: {gain:.2f}x over {row['before_source']}; backend {row['backend']}, sharing from "
+            f"{row['least_saving']} tokens saved; {row['searched']} configs, {skipped} skipped, "
+            f"{time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+        for text in failed:
+            print(f"{geometry}: wrong result of {text}", file=sys.stderr)
+        wrong |= bool(failed)
+    print(f"wrote {path}")
+    return int(wrong)
+
+
+def tune(geometry: Geometry, search: Search, device: torch.device, jobs: int | None) -> tuple[dict, list[str]]:
+    """The geometry's row of the table, and the configs whose result was wrong."""
+    before = present_config(geometry, device)
+    trial = Trial(geometry, search, device, jobs or 1)
+    best = before
+    for fields in search.rounds:
+        best = trial.best([best, before, *variants(best, fields)])
+    backends = trial.backends(best)
+    row = {
+        "num_q_heads": geometry.num_q_heads,
+        "num_kv_heads": geometry.num_kv_heads,
+        "block_dim": configs.block_dim(geometry.head_dim),
+        "q_bytes": geometry.q_dtype.itemsize,
+        "kv_bytes": geometry.cache_dtype.itemsize,
+        "config": {k: v for k, v in dataclasses.asdict(best).items() if k != "source"},
+        "backend": min(backends, key=backends.get),
+        "least_saving": trial.least_saving(best),
+        "seconds": trial.seconds[best],
+        "before": trial.seconds[before],
+        "before_source": before.source,
+        "backends": backends,
+        "searched": len(trial.seconds),
+        "skipped": trial.skipped,
+        "measured": {
+            "date": time.strftime("%Y-%m-%d"),
+            "tts_kernels": __version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+    }
+    return row, trial.wrong
+
+
+def present_config(geometry: Geometry, device: torch.device) -> TreeConfig:
+    q = torch.empty(1, geometry.num_q_heads, geometry.head_dim, dtype=geometry.q_dtype, device=device)
+    cache = torch.empty(1, 16, geometry.num_kv_heads, geometry.head_dim, dtype=geometry.cache_dtype, device=device)
+    return backend.config_of(q, cache)
+
+
+def variants(config: TreeConfig, fields: dict[str, tuple[int, ...]]) -> list[TreeConfig]:
+    """Every valid combination of the values, the other fields as they are."""
+    found = [config]
+    for name, values in fields.items():
+        found = [(c, name, value) for c in found for value in values]
+        found = [c for c in (replaced(*change) for change in found) if c]
+    return found
+
+
+def replaced(config: TreeConfig, name: str, value: int) -> TreeConfig | None:
+    try:
+        return dataclasses.replace(config, **{name: value})
+    except ValueError:
+        return None
+
+
+class Trial:
+    """The measurements of one geometry. Every config is checked against the reference before it is timed."""
+
+    def __init__(self, geometry: Geometry, search: Search, device: torch.device, jobs: int) -> None:
+        self.geometry, self.search, self.device, self.jobs = geometry, search, device, jobs
+        self.seconds: dict[TreeConfig, dict[str, float]] = {}
+        self.skipped: dict[str, str] = {}
+        self.wrong: list[str] = []
+
+    def best(self, candidates: Iterable[TreeConfig]) -> TreeConfig:
+        """The least geometric mean of the times over all trees."""
+        candidates = list(dict.fromkeys(candidates))
+        self.compile([c for c in candidates if c not in self.seconds])
+        for name, tree in self.search.trees.items():
+            self.measure(name, tree, candidates)
+        done = [c for c in candidates if len(self.seconds.get(c, ())) == len(self.search.trees)]
+        if not done:
+            raise RuntimeError(f"{self.geometry}: no config ran: {self.skipped}")
+        return min(done, key=lambda c: statistics.geometric_mean(self.seconds[c].values()))
+
+    def compile(self, candidates: list[TreeConfig]) -> None:
+        """Side by side, before the first launch; what fails here says why at its launch."""
+        if backend.INTERPRETED or not candidates:
+            return
+        from .compiling import compile_ahead, geometry_launches, target_of
+
+        name, arch = backend.device_kind(self.device)
+        launches = [launch for c in candidates for launch in geometry_launches(self.geometry, name, arch, c)]
+        compile_ahead(launches, target_of(arch), self.jobs)
+
+    def measure(self, name: str, tree: Tree, candidates: list[TreeConfig]) -> None:
+        sets = set_count(Inputs.set_bytes(tree, self.geometry), cache_bytes(self.device))
+        inputs = Inputs(tree, self.geometry, self.device, sets)
+        reference = api.tree_attention(
+            inputs.q[0], inputs.k_cache[0], inputs.v_cache[0], inputs.plan(), backend="reference"
+        )
+        captured = {}
+        for config in candidates:
+            text = describe(config)
+            if name in self.seconds.get(config, ()) or text in self.skipped:
+                continue
+            calls = self.calls(inputs, inputs.plan(), config)
+            try:
+                out = calls[0]()
+                off = error(out, reference.float())
+            except Exception as failure:
+                synchronize(self.device)  # raises where the device is lost, and nothing after it would count
+                self.skipped[text] = str(failure).partition("\n")[0]
+                continue
+            if not off <= tolerance(self.geometry.q_dtype):
+                self.skipped[text] = f"wrong result on {name}: error {off:.2g}"
+                self.wrong.append(f"{text} on {name}: error {off:.2g}")
+                continue
+            captured[config] = capture(calls, self.device)
+        for config, times in interleave(captured, self.search.samples).items():
+            self.seconds.setdefault(config, {})[name] = times.median
+
+    def calls(self, inputs: Inputs, plan: TreePlan, config: TreeConfig) -> list:
+        """One for each set, all with this config and one output."""
+        g = self.geometry
+        work = make_work(plan, g.num_q_heads, g.num_kv_heads, g.head_dim, config)
+        plan.works[g.num_q_heads, g.num_kv_heads, g.head_dim, g.q_dtype, g.cache_dtype] = work
+        out = torch.empty_like(inputs.q[0])
+
+        def call(i: int):
+            return lambda: api.tree_attention(
+                inputs.q[i], inputs.k_cache[i], inputs.v_cache[i], plan, out=out, backend="triton"
+            )
+
+        return [call(i) for i in range(inputs.num_sets)]
+
+    def backends(self, config: TreeConfig) -> dict[str, float]:
+        """Seconds of an eager call, the geometric mean over the trees, of every backend that can run it here."""
+        taken: dict[str, list[float]] = {}
+        for tree in self.search.trees.values():
+            inputs = Inputs(tree, self.geometry, self.device)
+            plan = inputs.plan()
+            self.calls(inputs, plan, config)  # leaves the plan with this config
+            tensors = inputs.q[0], inputs.k_cache[0], inputs.v_cache[0]
+            for name in api.BACKENDS.modules:
+                if api.BACKENDS.unsupported_reasons(OP, name, *tensors):
+                    continue
+
+                def attend(name=name, tensors=tensors, plan=plan):
+                    return api.tree_attention(*tensors, plan, backend=name)
+
+                taken.setdefault(name, []).append(best_time(attend, 0.02, 3, self.device))
+        return {name: statistics.geometric_mean(times) for name, times in taken.items()}
+
+    def least_saving(self, config: TreeConfig) -> int:
+        points = []
+        for n, prefix in self.search.sharing:
+            tree = star(n, prefix, self.search.suffix)
+            sets = set_count(Inputs.set_bytes(tree, self.geometry), cache_bytes(self.device))
+            inputs = Inputs(tree, self.geometry, self.device, sets)
+            trunk, *leaves = inputs.pages
+            alone = TreePlan.from_nodes(
+                [-1] * n, [prefix + self.search.suffix] * n, [trunk + own for own in leaves], [1] * n,
+                page_size=self.geometry.page_size, device=self.device,
+            )  # fmt: skip
+            captured = {}
+            for name, plan in (("shared", inputs.plan()), ("alone", alone)):
+                calls = self.calls(inputs, plan, config)
+                calls[0]()
+                captured[name] = capture(calls, self.device)
+            times = interleave(captured, self.search.samples)
+            points.append((prefix * (n - 1), times["shared"].median / times["alone"].median))
+        return saving_from(points)
+
+
+def saving_from(points: list[tuple[int, float]], slack: float = 0.02) -> int:
+    """The least number of saved tokens from which on sharing never took longer: points are (tokens saved, time shared /
+    time not shared). 0 where it never did; one more than any point where it did even at the largest."""
+    losing = [saved for saved, ratio in points if ratio > 1 + slack]
+    if not losing:
+        return 0
+    return min((saved for saved, _ in points if saved > max(losing)), default=max(losing) + 1)
+
+
+def describe(config: TreeConfig) -> str:
+    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if name != "source")
+
+
+def write(path: Path, device_name: str, row: dict) -> None:
+    """The row in place of an older one of its geometry; whole or not at all."""
+    table = json.loads(path.read_text()) if path.exists() else {"op": OP, "device": device_name, "rows": []}
+    key = ("num_q_heads", "num_kv_heads", "block_dim", "q_bytes", "kv_bytes")
+    rows = [old for old in table["rows"] if any(old[k] != row[k] for k in key)]
+    table["rows"] = sorted([*rows, row], key=lambda r: [r[k] for k in key])
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
