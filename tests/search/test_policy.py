@@ -226,7 +226,15 @@ def test_the_context_is_full():
         policy.start([5] * 64)
 
 
-def test_prompts(monkeypatch):
+def test_the_context_is_full_at_a_stop_string(monkeypatch):
+    policy = models.policy(max_position_embeddings=64)
+    monkeypatch.setattr(module, "_sampler", lambda *args: lambda logits: [2] * len(logits))  # two line breaks
+    nodes = [policy.start([5] * length) for length in (62, 63)]
+    steps = policy.sample_steps(nodes)
+    assert [(step.ended, step.reason) for step in steps] == [(False, "stop"), (True, "length")]
+
+
+def test_prompts():
     policy = models.policy()
     assert policy.prompt("Q") == "Q"
     policy.tokenizer.chat_template = "{% for m in messages %}<tag>{{ m.role }}: {{ m.content }}\n\n{% endfor %}"

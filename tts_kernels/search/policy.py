@@ -31,7 +31,7 @@ class Step(NamedTuple):
     text    without special tokens; the texts of a path's steps, joined, are the path's text
     ids     the tokens, an end token included
     ended   nothing can follow: the model ended the text, or its context is full
-    reason  "stop": a stop string was completed; "eos"; or "length"
+    reason  "stop": a stop string was completed, and more can follow; "eos"; or "length": out of tokens
     """
 
     node: int
@@ -179,10 +179,12 @@ class Policy:
             leaves = [next(pools[parent]) for parent in under]
             try:
                 sampled = self._decode_steps(under, leaves, stops, max_new_tokens, draw, progress)
+                return [self._step(*one) for one in zip(under, leaves, *sampled)]
             except BaseException:
                 self.kv.release(leaves)
+                for leaf in leaves:
+                    self._tips.pop(leaf, None)
                 raise
-        return [self._step(*one) for one in zip(under, leaves, *sampled)]
 
     def release(self, nodes: int | Sequence[int]) -> None:
         """Gives nodes back; the pages of those that no node below needs are free at once."""
@@ -206,7 +208,7 @@ class Policy:
         tokens: list[list[int]] = [[] for _ in leaves]
         reasons = [""] * len(leaves)
         window = max((len(stop.encode()) for stop in stops), default=0) + CONTEXT  # tokens: each is a byte at least
-        limits = [min(max_new_tokens, self._context - self._tips[parent].length) for parent in under]
+        room = [self._context - self._tips[parent].length for parent in under]
         distinct = {parent: row for row, parent in enumerate(dict.fromkeys(under))}
         going = list(range(len(leaves)))
         plan = None
@@ -218,9 +220,11 @@ class Policy:
                 tokens[i].append(token)
                 if token in self._ends:
                     reasons[i] = "eos"
+                elif len(tokens[i]) == room[i]:  # before the stop strings: nothing can follow
+                    reasons[i] = "length"
                 elif stops and any(stop in self._decode(tokens[i][-window:]) for stop in stops):
                     reasons[i] = "stop"
-                elif len(tokens[i]) == limits[i]:
+                elif len(tokens[i]) == max_new_tokens:
                     reasons[i] = "length"
             still = [i for i in going if not reasons[i]]
             if progress is not None:
@@ -231,7 +235,8 @@ class Policy:
             self.kv.append(list(rows))
             if plan is None or len(still) < len(going) or not plan.capacity:
                 length = len(tokens[still[0]])
-                plan = self._plan(rows, min(-length % ROOM, max(limits[i] for i in still) - 1 - length))
+                most = min(max_new_tokens, max(room[i] for i in still)) - 1  # the last token is not stored
+                plan = self._plan(rows, min(-length % ROOM, most - length))
             else:
                 plan.advance_()
             going = still

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ class Run:
         self.encoded = 0  # by the verifier outside of the session
         self.seconds = dict.fromkeys(("prefill", "decode", "verify", "select"), 0.0)
         self._nodes: set[int] = set()  # held, in the policy's tree
-        self._judged: set[int] = set()  # held, in the session's tree
+        self._judged: Counter[int] = Counter()  # holds on nodes of the session's tree
 
     def __enter__(self) -> Run:
         from tqdm import tqdm
@@ -149,26 +150,22 @@ class Run:
         return [parent.extended(step) for parent, step in zip(parents, steps)]
 
     def judge(self, beams: Sequence[Beam]) -> None:
-        """Scores what is new in the beams, on a session: a step that several have under one parent is encoded once."""
+        """Scores what is new in the beams on a session: a step that several have under one parent is encoded once."""
         with self.clock("verify"):
             if self.session is None:
                 self.session = self.verifier.session(self.question, when_full="recompute")
             new = [self._split(beam) for beam in beams]
             for level in range(max(map(len, new), default=0)):
                 growing = [(beam, steps[level]) for beam, steps in zip(beams, new) if level < len(steps)]
-                keys = list(dict.fromkeys((self._above(beam), step) for beam, step in growing))
-                made = self.session.extend(*map(list, zip(*keys))).nodes
-                self.session.release([node for node in made if node in self._judged])  # held once is enough
+                above = [self.session.root if beam.judged < 0 else beam.judged for beam, _ in growing]
+                made = self.session.extend(above, [step for _, step in growing]).nodes
                 self._judged.update(made)
-                nodes = dict(zip(keys, made))
-                for beam, step in growing:
-                    beam.judged = nodes[self._above(beam), step]
+                for (beam, step), node in zip(growing, made):
+                    beam.judged = node
                     beam.steps += (step,)
-            judged = list(dict.fromkeys(beam.judged for beam in beams if beam.steps))
-            of = dict(zip(judged, self._read(self.session.scores(judged)))) if judged else {}
-            for beam in beams:
-                if beam.steps:
-                    beam.step_scores, beam.score = of[beam.judged]
+            scored = [beam for beam in beams if beam.steps]
+            for beam, scores in zip(scored, self._read(self.session.scores([beam.judged for beam in scored]))):
+                beam.step_scores, beam.score = scores
 
     def judge_whole(self, beams: Sequence[Beam]) -> None:
         """Scores whole answers in one go, without a session: what a recipe that is not step-wise needs."""
@@ -177,9 +174,9 @@ class Run:
             scores = self.verifier.score_batch([self.question], [texts])
             self.encoded += scores.tokens
             for beam, (step_scores, score) in zip(beams, self._read(scores)):
+                beam.step_scores, beam.score = step_scores, score
                 steps = self._split(beam)
                 beam.steps = tuple(steps[len(steps) - len(step_scores) :])  # a long candidate may have lost its first
-                beam.step_scores, beam.score = step_scores, score
 
     def keep(self, beams: Sequence[Beam]) -> None:
         """Gives back, in both trees, what none of these beams needs."""
@@ -187,9 +184,9 @@ class Run:
         self.policy.release(sorted(dropped))
         self._nodes -= dropped
         if self.session is not None:
-            dropped = self._judged - {beam.judged for beam in beams}
-            self.session.release(sorted(dropped))
-            self._judged -= dropped
+            kept = {beam.judged for beam in beams}
+            self.session.release([node for node in self._judged.elements() if node not in kept])
+            self._judged = Counter({node: holds for node, holds in self._judged.items() if node in kept})
 
     # --- choosing ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +195,7 @@ class Run:
         with self.clock("select"):
             if not beams:
                 return []
-            chosen = select(_scores(beams), k=min(k, len(beams)), method="top_k")
+            chosen = select(_scores(beams), k=k, method="top_k")
             return [i for i in chosen.indices[0].tolist() if i >= 0]
 
     def best_of_each(self, beams: Sequence[Beam], size: int) -> list[int]:
@@ -233,9 +230,6 @@ class Run:
         return SearchResult(self.question, method, tuple(candidates), choice, self.options.seed, given, cost)
 
     # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _above(self, beam: Beam) -> int:
-        return self.session.root if beam.judged < 0 else beam.judged
 
     def _split(self, beam: Beam) -> list[str]:
         text, beam.unjudged = beam.unjudged, ""
