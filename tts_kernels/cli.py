@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 
 COMMANDS = {
+    "cost": "what a query costs: N candidates and their verifier, part by part, with and without sharing (a model)",
     "demo": "decode N samples over one shared KV tree, beside stock transformers",
     "doctor": "show which backends this machine has, and every reason why not the others",
+    "economics": "training once against sampling for every query: where it breaks even, at equal accuracy",
     "tune": "search the kernels' configs on this GPU, and write what was measured to a table",
 }
 
@@ -34,6 +36,20 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         print(f"tts-kernels {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _cost(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from .cost import commands
+
+    commands.add_cost_arguments(parser)
+    return commands.cost
+
+
+def _economics(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from .cost import commands
+
+    commands.add_economics_arguments(parser)
+    return commands.economics
 
 
 def _demo(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

@@ -1,0 +1,413 @@
+"""The cost of a query: against a simulation that walks every step and token, and by the laws that it has to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tts_kernels.cost import PARTS, Efficiency, Hardware, Lognormal, ModelShape, Price, Workload, kv_saving, query_cost
+from tts_kernels.cost.account import DECODE, triangle
+from tts_kernels.cost.query import REGIMES, SHARINGS
+
+# Small enough to be simulated, with a ridge that some of its ops are above and others below. One dense, one with
+# experts and latent attention.
+DEVICE = Hardware("toy", bf16_flops=3e9, bandwidth=1e8, memory=5e7)
+DENSE = ModelShape("dense", 2, 32, 4, 2, 8, 48, 100, 4096)
+DEEP = ModelShape.from_config(
+    {
+        "model_type": "deepseek_v3", "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": 100,
+        "max_position_embeddings": 4096, "kv_lora_rank": 16, "q_lora_rank": 8, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+    name="deep",
+)  # fmt: skip
+MODELS = {"dense": DENSE, "deep": DEEP}
+
+
+@st.composite
+def workloads(draw, most=12):
+    n, queries = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    search = draw(st.sampled_from(["best_of_n", "best_of_n", "beam", "dvts"]))
+    verifier = draw(st.sampled_from(["none", "prm"] if search != "best_of_n" else ["none", "orm", "prm"]))
+    steps = draw(st.integers(1, 4))
+    keep = None
+    if search == "best_of_n":
+        lengths = st.integers(1, most)
+        suffix = draw(st.one_of(lengths, st.tuples(*[lengths] * (n * queries))))
+    else:
+        keep = draw(st.sampled_from([k for k in range(1, n + 1) if n % k == 0]))
+        suffix = steps * draw(st.integers(1, 4))
+    prompt = draw(st.one_of(st.integers(0, 40), st.tuples(*[st.integers(0, 40)] * 2)))
+    trunk = draw(st.sampled_from([0, 0, 1, 9]))
+    head = draw(st.sampled_from(["vocab", "mlp", "linear"]))
+    return Workload(n, prompt, suffix, trunk, search, keep, steps, verifier, None, head, queries)
+
+
+every = {
+    "work": workloads(),
+    "model": st.sampled_from(list(MODELS.values())),
+    "regime": st.sampled_from(list(REGIMES)),
+    "efficiency": st.sampled_from([Efficiency(), Efficiency(0.8, 0.6, 0.5), Efficiency(0.1, 1, 1)]),
+}
+
+
+# --- against a simulation -------------------------------------------------------------------------------------------
+
+
+def simulate(work: Workload, model: ModelShape, sharing: str) -> dict[str, float]:
+    """Decode of one batch, token by token: each candidate a list of token names along its path. A name stands for KV
+    that lies in one place if it is shared; KV reads are counted by walking the paths."""
+    totals = dict.fromkeys(("keys", "prefix_reads", "suffix_reads", "rows", "steps", "peak"), 0)
+
+    def step(paths, shared):
+        """paths: of the rows of this step, the row's own token last. shared: names that count as prefix."""
+        seen: set = set()
+        totals["steps"] += 1
+        for path in paths:
+            totals["keys"] += len(path)
+            totals["rows"] += 1
+            for name in path:
+                part = "prefix_reads" if name in shared else "suffix_reads"
+                if sharing != "tree" or name not in seen:
+                    totals[part] += 1
+                seen.add(name)
+        held = sum(map(len, paths)) if sharing == "copies" else len(seen)
+        totals["peak"] = max(totals["peak"], held)
+
+    prompts = [[("prompt", q, i) for i in range(length)] for q, length in enumerate(work.prompts)]
+    trunks = [[("trunk", q, i) for i in range(work.trunk)] for q in range(work.queries)]
+    for t in range(1, work.trunk + 1):
+        paths = [prompt + trunk[:t] for prompt, trunk in zip(prompts, trunks)]
+        step(paths, {name for path in paths for name in path})
+    prefixes = [prompt + trunk for prompt, trunk in zip(prompts, trunks)]
+    if work.search == "best_of_n":
+        lengths = [(q, i, s) for q, of in enumerate(work.suffixes) for i, s in enumerate(of)]
+        for t in range(1, max(s for _, _, s in lengths) + 1):
+            paths = [prefixes[q] + [(q, i, j) for j in range(t)] for q, i, s in lengths if s >= t]
+            step(paths, {name for prefix in prefixes for name in prefix})
+        return totals
+    each = work.suffix // work.steps
+    # DVTS: `keep` subtrees; in each step one candidate of each goes on, in n / keep continuations.
+    history = {(q, s): [] for q in range(work.queries) for s in range(work.keep)}
+    for k in range(work.steps):
+        shared = {name for prefix in prefixes for name in prefix} | {name for path in history.values() for name in path}
+        beams = [(q, s, c) for q in range(work.queries) for s in range(work.keep) for c in range(work.n // work.keep)]
+        for t in range(1, each + 1):
+            step([prefixes[q] + history[q, s] + [(k, q, s, c, j) for j in range(t)] for q, s, c in beams], shared)
+        for q, s in history:
+            history[q, s] = history[q, s] + [(k, q, s, 0, j) for j in range(each)]
+    return totals
+
+
+@settings(max_examples=150)
+@given(workloads(), st.sampled_from(list(SHARINGS)), st.sampled_from(list(MODELS.values())))
+def test_as_simulated(work, sharing, model):
+    """KV reads, attention FLOPs, weights and memory of the decode steps, to the byte."""
+    cost, seen = query_cost(work, model, DEVICE, sharing=sharing), simulate(work, model, sharing)
+    kappa, queries = model.kv_bytes_per_token, work.queries
+    parts = cost.parts
+    assert parts["decode_attn_prefix"].bytes * queries == pytest.approx(kappa * seen["prefix_reads"])
+    assert parts["decode_attn_suffix"].bytes * queries == pytest.approx(kappa * seen["suffix_reads"])
+    flops = (parts["decode_attn_prefix"].flops + parts["decode_attn_suffix"].flops) * queries
+    assert flops == pytest.approx(model.attention_flops_per_key * seen["keys"])
+    assert parts["decode_linear"].flops * queries == pytest.approx(2 * model.active_body_weights * seen["rows"])
+    assert cost.peak_kv_bytes == pytest.approx(kappa * seen["peak"])
+    if model is DENSE:  # weights once a step, the KV of every new token written; logits written and read
+        tokens = (parts["decode_linear"].bytes + parts["straggler_idle"].bytes + parts["head_sampling"].bytes) * queries
+        copies = work.n if sharing == "copies" else 1
+        prefill = bool(sum(work.prompts))
+        logits = 8 * model.vocab_size * (seen["rows"] + prefill * queries * copies)
+        head = 2 * model.head_weights * (seen["steps"] + prefill)
+        assert tokens == pytest.approx(2 * model.body_weights * seen["steps"] + kappa * seen["rows"] + logits + head)
+
+
+@settings(max_examples=100)
+@given(workloads(), st.sampled_from(list(SHARINGS)), st.sampled_from(list(REGIMES)))
+def test_seconds_as_simulated(work, sharing, regime):
+    """Ceilings step by step, and the KV that lies there meanwhile: of best-of-n and trunk, dense."""
+    if work.search != "best_of_n":
+        return
+    cost = query_cost(work, DENSE, DEVICE, sharing=sharing, regime=regime)
+    rate, bandwidth, kappa = DEVICE.bf16_flops, DEVICE.bandwidth, DENSE.kv_bytes_per_token
+    a, filled = DENSE.attention_flops_per_key, rate / bandwidth  # rows that fill a bf16 pass: its ridge
+
+    seconds = held_seconds = 0.0
+    phases = [(t, [(p, t) for p in work.prompts]) for t in range(1, work.trunk + 1)]
+    count = work.queries
+    for t, rows in phases:
+        took, held = _step(rows, t, False, a, kappa, rate, bandwidth, sharing)
+        full = max(count, filled) if regime == "saturated" else count
+        took += _pass(count, full, DENSE.body_weights, kappa, rate, bandwidth)
+        took += _pass(count, full, DENSE.head_weights, 8 * DENSE.vocab_size, rate, bandwidth)
+        seconds, held_seconds = seconds + took, held_seconds + took * held
+    total = work.n * work.queries
+    for t in range(1, max(map(max, work.suffixes)) + 1):
+        rows = [(q, work.prompts[q] + work.trunk) for q, of in enumerate(work.suffixes) for s in of if s >= t]
+        took, held = _step(rows, t, True, a, kappa, rate, bandwidth, sharing)
+        full = max(total, filled) if regime == "saturated" else len(rows)
+        took += _pass(len(rows), full, DENSE.body_weights, kappa, rate, bandwidth)
+        took += _pass(len(rows), full, DENSE.head_weights, 8 * DENSE.vocab_size, rate, bandwidth)
+        seconds, held_seconds = seconds + took, held_seconds + took * held
+    first = 0.0
+    if sum(work.prompts):
+        rows = work.queries * (work.n if sharing == "copies" else 1)
+        full = max(rows, filled) if regime == "saturated" else rows
+        first = _pass(rows, full, DENSE.head_weights, 8 * DENSE.vocab_size, rate, bandwidth)
+    assert cost.decode_seconds * work.queries == pytest.approx(seconds + first)
+    assert cost.kv_byte_seconds * work.queries == pytest.approx(held_seconds)
+
+
+def _pass(rows, full, weights, each, rate, bandwidth):
+    return rows / full * max(2 * weights * full / rate, (2 * weights + each * full) / bandwidth)
+
+
+def _step(rows, t, forked, a, kappa, rate, bandwidth, sharing):
+    """Seconds of a step's attention and the KV held in it; rows: (query, keys of its prefix)."""
+    prefix = sum(p for _, p in rows) if forked else sum(p for p, _ in rows)
+    distinct = sum(dict(rows).values()) if forked else prefix
+    read = distinct if sharing == "tree" else prefix
+    seconds = max(a * prefix / rate, kappa * read / bandwidth)
+    seconds += max(a * len(rows) * t / rate, kappa * len(rows) * t / bandwidth)
+    return seconds, kappa * ((prefix if sharing == "copies" else distinct) + len(rows) * t)
+
+
+# --- laws -----------------------------------------------------------------------------------------------------------
+
+
+@given(**every)
+def test_parts_sum_to_the_whole(work, model, regime, efficiency):
+    for sharing in SHARINGS:
+        cost = query_cost(work, model, DEVICE, sharing=sharing, regime=regime, efficiency=efficiency)
+        assert list(cost.parts) == list(PARTS) and len(PARTS) == 10
+        for total, field in ((cost.flops, "flops"), (cost.bytes, "bytes"), (cost.seconds, "ceiling_seconds")):
+            assert total == sum(getattr(part, field) for part in cost.parts.values())
+        assert all(min(part.flops, part.bytes, part.seconds) >= -1e-12 for part in cost.parts.values())
+        close = 1 + 1e-9
+        assert cost.overlapped_seconds <= cost.seconds * close and cost.seconds <= cost.additive_seconds * close
+        assert cost.figures == "model" and cost.parts["host_gap"].seconds == 0
+        assert cost.decode_seconds == sum(cost.parts[name].seconds for name in DECODE)
+
+
+@given(**every)
+def test_tree_is_at_most_paged_is_at_most_copies(work, model, regime, efficiency):
+    """In time, bytes, FLOPs and memory, part by part; the two parts of a verifier's pass, which reads its weights once
+    for both, together."""
+    copies, paged, tree = (
+        query_cost(work, model, DEVICE, sharing=sharing, regime=regime, efficiency=efficiency) for sharing in SHARINGS
+    )
+    close = 1 + 1e-9
+    together = [(name,) for name in PARTS if name not in ("prm_prefix", "prm_suffix")] + [("prm_prefix", "prm_suffix")]
+    for less, more in ((tree, paged), (paged, copies)):
+        for names in together:
+            for field in ("flops", "bytes", "ceiling_seconds"):
+                a, b = (sum(getattr(cost.parts[name], field) for name in names) for cost in (less, more))
+                assert a <= b * close, (names, field)
+        assert less.seconds <= more.seconds * close and less.bytes <= more.bytes * close
+        assert less.flops <= more.flops * close and less.peak_kv_bytes <= more.peak_kv_bytes
+        assert less.kv_byte_seconds <= more.kv_byte_seconds * close
+
+
+@given(**every)
+def test_one_candidate_shares_nothing(work, model, regime, efficiency):
+    changes = {"n": 1, "keep": None if work.keep is None else 1}
+    if isinstance(work.suffix, tuple):
+        changes["suffix"] = work.suffix[: work.queries]
+    alone = dataclasses.replace(work, **changes)
+    costs = [query_cost(alone, model, DEVICE, sharing=s, regime=regime, efficiency=efficiency) for s in SHARINGS]
+    if alone.search == "best_of_n" or alone.steps == 1:
+        assert costs[0].parts == costs[1].parts == costs[2].parts
+    assert len({round(cost.seconds, 12) for cost in costs}) == 1
+    assert costs[2].m == 1 and costs[2].marginal_seconds == costs[2].seconds and costs[2].fit == (0, costs[2].seconds)
+
+
+@given(st.integers(1, 64), st.integers(0, 5000), st.lists(st.integers(1, 4000), min_size=1, max_size=12))
+def test_kv_reads_save_at_most_the_bound(n, prefix, some):
+    """N(2P+S)/(2P+NS): reached, with S + 1 for S as sums of t are, by equal lengths; never exceeded by others."""
+    model = dataclasses.replace(DENSE, max_positions=10_000)
+
+    def saved(work):
+        paged, tree = (query_cost(work, model, DEVICE, sharing=sharing) for sharing in ("paged", "tree"))
+        return paged.kv_read_bytes / tree.kv_read_bytes
+
+    equal = some[0]
+    assert saved(Workload(n, prefix, equal)) == pytest.approx(kv_saving(n, prefix, equal + 1))
+    mean = sum(some) / len(some)
+    assert saved(Workload(len(some), prefix, tuple(some))) <= kv_saving(len(some), prefix, mean) * (1 + 1e-9)
+
+
+@given(**every)
+def test_saturated_is_never_dearer(work, model, regime, efficiency):
+    for sharing in SHARINGS:
+        isolated, saturated = (
+            query_cost(work, model, DEVICE, sharing=sharing, regime=r, efficiency=efficiency) for r in REGIMES
+        )
+        assert saturated.seconds <= isolated.seconds * (1 + 1e-9)
+        assert saturated.flops == pytest.approx(isolated.flops)
+        assert saturated.parts["straggler_idle"].seconds == 0
+
+
+def test_equal_lengths_have_no_stragglers():
+    for suffix, idle in ((50, False), ((10, 20, 50), True)):
+        cost = query_cost(Workload(3, 20, suffix), DENSE, DEVICE)
+        assert (cost.parts["straggler_idle"].seconds > 0) == idle == (cost.parts["straggler_idle"].bytes > 0)
+        assert cost.parts["straggler_idle"].flops == 0
+
+
+def test_m_and_the_fit():
+    work = Workload(16, 2000, 100)
+    big = dataclasses.replace(DENSE, max_positions=10_000)
+    tree = query_cost(work, big, DEVICE, sharing="tree", regime="saturated")
+    paged = query_cost(work, big, DEVICE, sharing="paged", regime="saturated")
+    one = query_cost(Workload(1, 2000, 100), big, DEVICE, regime="saturated")
+    assert tree.m == tree.seconds / one.seconds < paged.m == paged.seconds / one.seconds < 16
+    fixed, each = paged.fit  # paged: every candidate adds the same; the prompt's prefill is fixed
+    assert each == pytest.approx(paged.marginal_seconds) == pytest.approx(paged.ceiling_of(9) - paged.ceiling_of(8))
+    assert fixed + each * 16 == pytest.approx(paged.seconds) and fixed == pytest.approx(
+        paged.parts["prefill_prefix"].seconds + _head_of_prefill(big), rel=1e-6
+    )
+    # tree: the reads of the prefix have moved from each candidate to the fixed part
+    assert tree.fit[0] > fixed and tree.fit[1] < each
+
+
+def _head_of_prefill(model):
+    filled = DEVICE.ridge
+    return _pass(1, filled, model.head_weights, 8 * model.vocab_size, DEVICE.bf16_flops, DEVICE.bandwidth)
+
+
+def test_m_is_of_the_mean_candidate():
+    """C(1) is the mean over the candidates, unverified: m does not hang on which of them was drawn first."""
+    work = Workload(4, 50, (10, 200, 30, 400), verifier="prm")
+    alone = [query_cost(Workload(1, 50, s), DENSE, DEVICE).seconds for s in work.suffix]
+    cost = query_cost(work, DENSE, DEVICE)
+    assert cost.m == pytest.approx(cost.seconds / (sum(alone) / 4))
+
+
+# --- the verifier ---------------------------------------------------------------------------------------------------
+
+
+def test_verifier_flops():
+    """economics.md §2.7: one pass a sample against the distinct tokens once; K passes of growing length against each
+    token once. In tokens through the layers, attention aside."""
+    w, a = 2 * DENSE.active_body_weights, DENSE.prefill_flops_per_key
+    n, p, s = 8, 60, 40
+    paged, tree = (query_cost(Workload(n, p, s, verifier="prm"), DENSE, DEVICE, sharing=x) for x in ("paged", "tree"))
+    assert prm_flops(paged) == n * (w * (p + s) + a * triangle(p + s))
+    assert prm_flops(tree) == w * (p + n * s) + a * (triangle(p) + n * (p * s + triangle(s)))
+    steps, each = 20, 2
+    beam = Workload(n, p, steps * each, search="dvts", keep=4, steps=steps, verifier="prm")
+    paged, tree = (query_cost(beam, DENSE, DEVICE, sharing=x) for x in ("paged", "tree"))
+    tokens = n * (steps * p + each * steps * (steps + 1) // 2)
+    attention = n * sum(triangle(p + each * k) for k in range(1, steps + 1))
+    assert prm_flops(paged) == w * tokens + a * attention
+    assert prm_flops(tree) < w * (p + n * steps * each) + a * attention
+    waste = (n * each * steps * (steps + 1) / 2) / (n * steps * each)
+    assert waste == (steps + 1) / 2  # without a prompt
+
+
+def prm_flops(cost):
+    return cost.parts["prm_prefix"].flops + cost.parts["prm_suffix"].flops
+
+
+def test_verifier_head():
+    """Stacks: at every token they encode, with fp32 logits of the vocabulary; tree: at step ends, two rows of it."""
+    work = Workload(8, 60, 40, steps=5, verifier="prm")
+    paged, tree = (query_cost(work, DENSE, DEVICE, sharing=x).parts["prm_head"] for x in ("paged", "tree"))
+    assert paged.flops == 2 * DENSE.head_weights * 8 * 100
+    assert paged.bytes == 2 * DENSE.head_weights + 8 * 100 * (2 * 32 + 4 * 100)
+    assert tree.flops == 2 * 2 * 32 * 8 * 5
+    orm = query_cost(dataclasses.replace(work, verifier="orm"), DENSE, DEVICE).parts["prm_head"]
+    assert orm.flops == 2 * 2 * 32 * 8
+    mlp = query_cost(dataclasses.replace(work, verifier_head="mlp"), DENSE, DEVICE).parts["prm_head"]
+    assert mlp.flops == 2 * (32 * 32 + 2 * 32) * 8 * 5
+    other = query_cost(dataclasses.replace(work, verifier_model="qwen3-0.6b"), DENSE, DEVICE)
+    assert other.memory_bytes > 2 * ModelShape.preset("qwen3-0.6b").num_parameters and other.fits is False
+
+
+# --- money, joules, measurements ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "price, amount, currency",
+    [("2 USD", 2, "USD"), ("$2", 2, "USD"), ("$1,200.50", 1200.5, "USD"), ("2.5 EUR/h", 2.5, "EUR"), ("€3", 3, "EUR"),
+     ((1.99, "GBP"), 1.99, "GBP"), ("1e3 usd / GPU-h", 1000, "USD"), (Price(4.0, "JPY"), 4, "JPY")],
+)  # fmt: skip
+def test_price(price, amount, currency):
+    assert Price.parse(price) == Price(amount, currency)
+    cost = query_cost(Workload(2, 10, 10), DENSE, DEVICE, price=price)
+    assert cost.money == cost.seconds * amount / 3600
+    if currency == "USD":
+        assert cost.dollars == cost.money
+    else:
+        with pytest.raises(ValueError, match=rf"price: expected US dollars.*got {currency}"):
+            cost.dollars  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "price", [2, 2.0, "2", "2.5/h", "USD", "2 dollars", (2,), "two USD", -1, "-2 USD", (-1, "USD"), (2, "usd")]
+)
+def test_price_without_currency(price):
+    with pytest.raises((ValueError, TypeError), match=r"price.*: expected"):
+        query_cost(Workload(2, 10, 10), DENSE, DEVICE, price=price)
+
+
+def test_without_price_and_watts():
+    cost = query_cost(Workload(2, 10, 10), DENSE, DEVICE)
+    assert cost.money is cost.dollars is cost.joules is None
+    assert query_cost(Workload(2, 10, 10), DENSE, DEVICE, watts=700).joules == 700 * cost.seconds
+    assert cost.kv_gb_seconds == cost.kv_byte_seconds / 1e9 > 0
+
+
+def test_measured_parts():
+    cost = query_cost(Workload(4, 10, 10, verifier="prm"), DENSE, DEVICE)
+    some = cost.with_measured({"decode_linear": 1.0, "host_gap": 0.5}, {"decode_linear": 123})
+    assert some.figures == "model and measured" and some.parts["decode_linear"].measured_bytes == 123
+    rest = cost.seconds - cost.parts["decode_linear"].seconds
+    assert some.seconds == pytest.approx(rest + 1.5) and some.ceiling_seconds == cost.seconds
+    assert some.parts["decode_linear"].ceiling_seconds == cost.parts["decode_linear"].ceiling_seconds
+    both = some.with_measured(dict.fromkeys(PARTS, 0.25))
+    assert both.figures == "measured" and both.seconds == 2.5
+    assert both.parts["decode_linear"].measured_bytes == 123
+    data = both.to_dict()
+    assert data["figures"] == "measured" and data["parts"]["host_gap"]["measured_seconds"] == 0.25
+    with pytest.raises(ValueError, match=r"seconds: expected one of .*nearest: decode_linear.*got 'decode_line'"):
+        cost.with_measured({"decode_line": 1})
+    with pytest.raises(ValueError, match="at least 0"):
+        cost.with_measured({"decode_linear": -1})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"workload": 3}, "workload: expected a Workload, got int"),
+        ({"model": "qwen3-9b"}, "model: expected one of .* nearest: qwen3-8b"),
+        ({"model": 3}, "model: expected a ModelShape or the name of a preset, got int"),
+        ({"hardware": "h20"}, "hardware: expected one of .* nearest: h200"),
+        ({"hardware": None}, "hardware: expected a Hardware or the name"),
+        ({"sharing": "cascade"}, "sharing: expected one of copies, paged, tree, got 'cascade'"),
+        ({"regime": "busy"}, "regime: expected one of isolated, saturated, got 'busy'"),
+        ({"watts": -1}, "watts: expected at least 0"),
+        ({"efficiency": 0.5}, "efficiency: expected an Efficiency, got float"),
+        ({"workload": Workload(2, 5000, 10)}, "model: expected a context of at most 4096 tokens, the limit of dense"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {"workload": Workload(2, 10, 10), "model": DENSE, "hardware": DEVICE, **change}
+    with pytest.raises((ValueError, TypeError), match=message):
+        query_cost(**arguments)
+
+
+@pytest.mark.parametrize("name", ["bandwidth", "compute", "prefill"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "x"])
+def test_bad_efficiency(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"{name}: expected"):
+        Efficiency(**{name: value})
+
+
+def test_lengths_that_vary():
+    cost = query_cost(Workload(64, 200, Lognormal(12_000, 0.6, 32_000)), "r1-distill-qwen-7b", "h200")
+    assert cost.parts["straggler_idle"].seconds > 0 and 1 < cost.m < 64
