@@ -60,6 +60,8 @@ VERIFY = [
     ("offsets", ValueError, {"offsets": lambda o: o[:0]}, r"\(0,\)"),
     ("offsets", ValueError, {"offsets": lambda o: changed(o, 0, 1)}, "0 first, got 1"),
     ("offsets", ValueError, {"offsets": lambda o: changed(o, 2, 2)}, "2 after 3 at 2"),
+    # Whose differences, as int64, are all positive.
+    ("offsets", ValueError, {"offsets": torch.tensor([0, 2**63 - 1, -(2**63), -(2**62), 9])}, "at 2"),
     ("offsets", ValueError, {"offsets": lambda o: changed(o, 4, 8)}, "9 last, the number of positions, got 8"),
     ("offsets", ValueError, {"offsets": lambda o: o.to("meta")}, "meta"),
     ("reduce", ValueError, {"reduce": "median"}, "'median'"),

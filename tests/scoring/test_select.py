@@ -1,5 +1,6 @@
 """select against plain sorting, and literal expectations for ties, groups and votes."""
 
+import importlib
 import math
 
 import pytest
@@ -141,6 +142,21 @@ def test_large_groups(path, method):
     torch.testing.assert_close(
         got, cases.dense_select(scores, bounds, method, k, answers), rtol=0, atol=0, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("method", ["weighted_vote", "majority"])
+def test_votes_in_more_blocks_than_programs(path, method, monkeypatch):
+    """Groups of 10 and 1 blocks of the Triton kernel, and 3 programs for each."""
+    if path.backend != "triton":
+        pytest.skip("for the triton backend alone")
+    backend = importlib.import_module("tts_kernels.scoring.triton")
+    monkeypatch.setattr(backend, "CANDIDATES", 4)
+    monkeypatch.setattr(backend, "VOTE_BLOCKS", 3)
+    gen = torch.Generator().manual_seed(0)
+    scores, answers = torch.rand(41, generator=gen).tolist(), torch.randint(-1, 9, (41,), generator=gen).tolist()
+    got = run(path, scores, [0, 38, 41], answers, method=method, k=8)
+    wanted = cases.dense_select(scores, [0, 38, 41], method, 8, answers)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

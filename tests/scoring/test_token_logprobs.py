@@ -87,6 +87,24 @@ def test_logits_of_any_size(path):
     assert got[0].item() == pytest.approx(-math.log(2), rel=1e-6) and got[1].item() == -math.inf
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_logit_that_is_no_number(path, bad):
+    """Of +inf or nan, in the first or the last block of the vocabulary: nan for every target, as torch's log_softmax,
+    and only in that row."""
+    for place in (0, 2299):
+        weight = torch.zeros(2300, 2)
+        weight[place, 1] = bad  # times 0 it is nan: both rows have one such logit, of their own
+        hidden, bias = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), None
+        assert run(path, hidden, weight, torch.tensor([5, 5]), bias).isnan().all()
+        bias = torch.zeros(2300)
+        bias[place] = bad
+        got = run(path, hidden[:1], torch.zeros(2300, 2), torch.tensor([5]), bias)
+        assert got.isnan().all(), got
+        hidden = torch.tensor([[0.0, 1.0], [bad, 1.0]])
+        got = run(path, hidden, torch.ones(2300, 2), torch.tensor([place, place]), None)
+        assert got.isnan().tolist() == [False, True]
+
+
 @pytest.mark.usefixtures("products_by_row")
 # Then a few tokens, and a sum that fills no vector: where BLAS libraries have kernels of their own.
 @pytest.mark.parametrize(

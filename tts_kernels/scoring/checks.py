@@ -126,12 +126,12 @@ def check_range(name: str, values: Tensor, least: int, end: int | None) -> None:
 
 def check_offsets(name: str, offsets: Tensor, end: int, of: str) -> None:
     """0 first, then never less, `end` last."""
-    steps = offsets.diff()
+    less = offsets[1:] < offsets[:-1]  # differences might overflow
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0:
         fail(name, "0 first", first)
-    if steps.numel() and int(steps.min()) < 0:
-        i = int((steps < 0).nonzero()[0])
+    if less.any():
+        i = int(less.nonzero()[0])
         fail(name, "numbers that never become less", f"{int(offsets[i + 1])} after {int(offsets[i])} at {i + 1}")
     if last != end:
         fail(name, f"{end} last, the number of {of}", last)

@@ -178,7 +178,8 @@ def update(largest: Tensor, total: Tensor, here: slice, logits: Tensor) -> None:
     part, those that only fill it up too, so that the sums always have one shape."""
     count = here.stop - here.start
     most = torch.maximum(largest[here], logits.amax(1)[:count])
-    base = F.pad(torch.where(most.isinf(), 0.0, most), (0, logits.shape[0] - count))
+    # A row of -inf so far adds 0; one that holds +inf or nan becomes nan, as torch's log_softmax.
+    base = F.pad(torch.where(most == -torch.inf, 0.0, most), (0, logits.shape[0] - count))
     sums = logits.sub_(base[:, None]).exp_().sum(1)[:count]
     total[here] = total[here] * torch.exp(largest[here] - base[:count]) + sums
     largest[here] = most

@@ -20,6 +20,7 @@ INTERPRETED = not isinstance(kernels.reduce_steps, triton.JITFunction)
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 STEPS = 64  # of a candidate at a time
 CANDIDATES = 128  # of a group that count at a time
+VOTE_BLOCKS = 16  # programs of a group: no size of a group is known here, and most may be small
 SELECTED_FROM = 1024  # candidates of a group at a time
 TILE_TOKENS = 2048  # of the vocabulary that a program owns
 
@@ -96,7 +97,8 @@ def select(scores: Tensor, group_offsets: Tensor, answers: Tensor | None, method
     with on(scores.device):
         if answers is not None and num_candidates:
             totals, nominees = torch.empty_like(scores), torch.empty_like(answers)
-            kernels.count_votes[(num_groups, triton.cdiv(num_candidates, CANDIDATES))](
+            blocks = min(triton.cdiv(num_candidates, CANDIDATES), VOTE_BLOCKS)
+            kernels.count_votes[(num_groups, blocks)](
                 scores, answers, group_offsets, totals, nominees,
                 WEIGHTED=method == "weighted_vote", BLOCK=CANDIDATES, num_warps=4,
             )  # fmt: skip

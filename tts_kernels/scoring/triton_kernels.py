@@ -42,6 +42,11 @@ def finite_or_zero(x):
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 
+@triton.jit
+def above_minus_infinity(x):
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDEX_LISTS)
 def linear_logits(
     hidden,  # [T, dim]
@@ -143,7 +148,7 @@ def mlp_tiles(
 
     parts += (tl.program_id(1).to(tl.int64) * num_rows + row) * num_columns
     for column in range(num_columns):
-        w = tl.load(w2 + column * w2_row + unit, mask=unit_inside, other=0.0).to(tl.float32)
+        w = tl.load(w2 + tl.cast(column, tl.int64) * w2_row + unit, mask=unit_inside, other=0.0).to(tl.float32)
         # Beyond the last unit w is 0 and acc finite.
         tl.store(parts + column, tl.sum(acc * w[None, :], 1), mask=row_inside)
 
@@ -268,11 +273,13 @@ def count_votes(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program owns BLOCK candidates of a group and looks at all of the group, one after the other."""
+    """A program owns every num_programs(1)-th BLOCK of a group's candidates and looks at all of the group for each, one
+    after the other."""
     group = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(group_offsets + group), tl.load(group_offsets + group + 1)
-    own = begin + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if begin + tl.program_id(1).to(tl.int64) * BLOCK < end:
+    first_block = begin + tl.program_id(1).to(tl.int64) * BLOCK
+    for own_block in range(first_block, end, tl.num_programs(1) * BLOCK):
+        own = tl.cast(own_block, tl.int64) + tl.arange(0, BLOCK)
         inside = own < end
         own_answer = tl.load(answers + own, mask=inside, other=-1)
         total = tl.zeros([BLOCK], tl.float32)
@@ -380,7 +387,7 @@ def vocabulary_tiles(
         logits = tl.where(token_inside[None, :], logits, float("-inf"))
         picked += tl.sum(tl.where(token[None, :] == target[:, None], logits, 0.0), 1)
         most = tl.maximum(largest, tl.max(logits, 1))
-        base = finite_or_zero(most)
+        base = above_minus_infinity(most)
         total = total * exp(largest - base) + tl.sum(exp(logits - base[:, None]), 1)
         largest = most
     parts += tile.to(tl.int64) * num_rows + row
@@ -412,7 +419,7 @@ def join_vocabulary(
         part = parts + tl.cast(tile, tl.int64) * num_rows + row
         other = tl.load(part, mask=inside, other=0.0)
         most = tl.maximum(largest, other)
-        base = finite_or_zero(most)
+        base = above_minus_infinity(most)
         total = total * exp(largest - base) + tl.load(part + size, mask=inside, other=0.0) * exp(other - base)
         largest = most
         picked += tl.load(part + 2 * size, mask=inside, other=0.0)
