@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tts_kernels.cost import PARTS, Efficiency, Hardware, Lognormal, ModelShape, Price, Workload, kv_saving, query_cost
 from tts_kernels.cost.account import DECODE, triangle
 from tts_kernels.cost.query import REGIMES, SHARINGS
+from tts_kernels.cost.table import part_table
 
 # Small enough to be simulated, with a ridge that some of its ops are above and others below. One dense, one with
 # experts and latent attention.
@@ -411,3 +412,23 @@ def test_bad_efficiency(name, value):
 def test_lengths_that_vary():
     cost = query_cost(Workload(64, 200, Lognormal(12_000, 0.6, 32_000)), "r1-distill-qwen-7b", "h200")
     assert cost.parts["straggler_idle"].seconds > 0 and 1 < cost.m < 64
+
+
+@given(workloads(), st.sampled_from(list(SHARINGS)), st.sampled_from(list(MODELS.values())))
+def test_in_fp32(work, sharing, model):
+    """Every byte but those of logits is twice as many; FLOPs and tokens are the same."""
+    half, full = (query_cost(work, model, DEVICE, sharing=sharing, element_bytes=b) for b in (2, 4))
+    assert full.flops == half.flops and full.kv_read_bytes == pytest.approx(2 * half.kv_read_bytes)
+    assert full.peak_kv_bytes == 2 * half.peak_kv_bytes and full.memory_bytes == 2 * half.memory_bytes
+    for name in ("prefill_prefix", "decode_linear", "prm_prefix", "prm_suffix"):
+        assert full.parts[name].bytes == pytest.approx(2 * half.parts[name].bytes)
+    assert full.ceiling_of(1) >= half.ceiling_of(1) and full.ceiling_of(work.n) == full.seconds
+
+
+def test_measured_columns_stand_beside_ceilings():
+    costs = {s: query_cost(Workload(4, 10, 10), DENSE, DEVICE, sharing=s) for s in ("paged", "tree")}
+    costs["tree"] = costs["tree"].with_measured({"decode_linear": 0.123, "host_gap": 0.4})
+    header, _, *rows = part_table(costs).splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:6]] == ["paged, s", "tree, s", "measured, s", "TFLOP"]
+    cells = {row.split("|")[1].strip(): row.split("|")[4].strip() for row in rows}
+    assert cells["decode_linear"] == "0.123" and cells["prm_head"] == "-" and cells["sum"] == "0.523"

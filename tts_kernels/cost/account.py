@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .checks import check_number, fail
 from .hardware import Hardware
-from .shapes import BF16, ModelShape
+from .shapes import ModelShape
 from .workload import Workload
 
 PARTS = {
@@ -54,15 +54,22 @@ class Account:
     """Running sums of one query (or of a batch of them) under one policy of sharing. Not reused."""
 
     def __init__(
-        self, workload: Workload, model: ModelShape, hardware: Hardware, sharing: str, regime: str, rates: Efficiency
+        self,
+        workload: Workload,
+        model: ModelShape,
+        hardware: Hardware,
+        sharing: str,
+        regime: str,
+        rates: Efficiency,
+        element: int,
     ) -> None:
-        self.workload, self.model, self.sharing = workload, model, sharing
+        self.workload, self.model, self.sharing, self.element = workload, model, sharing, element
         self.saturated = regime == "saturated"
         self.bandwidth = hardware.bandwidth * rates.bandwidth
         self.compute = hardware.bf16_flops * rates.compute
         self.prefill_rate = hardware.bf16_flops * rates.prefill
         # From so many rows on a pass takes as long to compute as to read its weights: what a busy server fills it to.
-        self.filled = model.body_weights * BF16 / self.bandwidth * self.compute / (2 * model.active_body_weights)
+        self.filled = model.body_weights * element / self.bandwidth * self.compute / (2 * model.active_body_weights)
         self.flops, self.bytes, self.seconds = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
         self.kv_byte_seconds = self.peak_kv_bytes = 0.0
 
@@ -96,7 +103,7 @@ class Account:
         if not tokens:
             return
         attention = model.prefill_flops_per_key * copies * sum(map(triangle, work.prompts))
-        moved = self.pass_weights(model, tokens) + 2 * model.kv_bytes_per_token * tokens
+        moved = self.pass_weights(model, tokens) + 2 * model.kv_bytes(self.element) * tokens
         self.add("prefill_prefix", 2 * model.active_body_weights * tokens + attention, moved)
         rows = copies * work.queries
         self.batched("head_sampling", 2 * model.head_weights, LOGITS * model.vocab_size, self.head, rows, rows, 1)
@@ -133,7 +140,7 @@ class Account:
         """Steps t = begin + 1 .. end, in each of which `rows` rows (of `full` at the start) see t keys of their own and
         `reads` keys of prefixes in all, `distinct` of them different; `own` is the part of their own keys."""
         model, steps = self.model, end - begin
-        kappa, a = model.kv_bytes_per_token, model.attention_flops_per_key
+        kappa, a = model.kv_bytes(self.element), model.attention_flops_per_key
         keys, squares = triangle(end) - triangle(begin), pyramid(end) - pyramid(begin)  # sums of t and of t^2
         weights = model.touched_body_weights
         step = self.batched("decode_linear", 2 * model.active_body_weights, kappa, weights, rows, full, steps)
@@ -166,11 +173,11 @@ class Account:
         other queries fill the pass, and nothing idles. Returns the seconds of a step."""
         full = max(full, self.filled) if self.saturated else full
         share = rows / full
-        read = weights(full) * BF16
+        read = weights(full) * self.element
         seconds = self.add(part, flops * rows, (read + moved * full) * share, steps)
         if self.saturated or rows == full:
             return seconds
-        alone = weights(rows) * BF16
+        alone = weights(rows) * self.element
         idle = max(flops * rows / self.compute, (alone + moved * rows) / self.bandwidth) - seconds
         self.bytes["straggler_idle"] += (alone - read * share) * steps
         self.seconds["straggler_idle"] += idle * steps
@@ -179,7 +186,7 @@ class Account:
     def pass_weights(self, model: ModelShape, tokens: int) -> float:
         """Bytes of the layers' weights that a forward over so many tokens is charged."""
         full = max(tokens, self.filled) if self.saturated else tokens
-        return model.touched_body_weights(full) * BF16 * tokens / full
+        return model.touched_body_weights(full) * self.element * tokens / full
 
     # --- verification -----------------------------------------------------------------------------------------------
 
@@ -208,7 +215,7 @@ class Account:
         """One scoring call. candidates: (tokens before, new tokens) of each; fresh: the distinct prefixes that a tree
         has not encoded yet; past: the distinct tokens whose KV it has and reads; positions: rows that are scored."""
         model = self.workload.verifier_model or self.model
-        tree, kappa = self.sharing == "tree", model.kv_bytes_per_token
+        tree, kappa = self.sharing == "tree", model.kv_bytes(self.element)
         prefixes = fresh if tree else [before for before, _ in candidates]
         shared, own = sum(prefixes), sum(new for _, new in candidates)
         weights = self.pass_weights(model, shared + own) / (shared + own)  # for each token
@@ -218,7 +225,7 @@ class Account:
         keys = sum(before * new + triangle(new) for before, new in candidates)
         self.add("prm_suffix", w * own + a * keys, (weights + 2 * kappa) * own)
         rows = positions if tree else shared + own
-        self.add("prm_head", *head_work(self.workload.verifier_head, model, rows, tree))
+        self.add("prm_head", *head_work(self.workload.verifier_head, model, rows, tree, self.element))
 
     def scaled(self) -> dict[str, tuple[float, float, float]]:
         """(FLOPs, bytes, seconds) of each part, the mean of a query."""
@@ -226,14 +233,14 @@ class Account:
         return {part: tuple(sums[part] / count for sums in (self.flops, self.bytes, self.seconds)) for part in PARTS}
 
 
-def head_work(kind: str, model: ModelShape, rows: int, only_scores: bool) -> tuple[float, float]:
+def head_work(kind: str, model: ModelShape, rows: int, only_scores: bool, element: int) -> tuple[float, float]:
     """FLOPs and bytes of a score head on so many rows; only_scores: without the logits that nothing reads."""
     hidden, vocab = model.hidden_size, model.vocab_size
     if kind == "vocab" and not only_scores:
-        return 2 * hidden * vocab * rows, hidden * vocab * BF16 + rows * (hidden * BF16 + vocab * 4)
+        return 2 * hidden * vocab * rows, hidden * vocab * element + rows * (hidden * element + vocab * 4)
     outputs = 1 if kind == "linear" else 2
     weights = hidden * outputs + (hidden * hidden if kind == "mlp" else 0)
-    return 2 * weights * rows, weights * BF16 + rows * (hidden * BF16 + outputs * 4)
+    return 2 * weights * rows, weights * element + rows * (hidden * element + outputs * 4)
 
 
 def triangle(n: int) -> int:

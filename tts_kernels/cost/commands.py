@@ -133,9 +133,9 @@ def _chosen(args: argparse.Namespace) -> list[Scenario]:
         suffix = Lognormal(args.suffix, args.cv, args.cap)
     work = Workload(
         args.n, args.prompt, suffix, args.trunk, args.search, args.keep, args.steps, args.verifier,
-        _model(args.verifier_model) if args.verifier_model else None, name="your own",
+        _model(args.verifier_model) if args.verifier_model else None, name="your own workload",
     )  # fmt: skip
-    return [Scenario("own", work.name, 1, "", _model(args.model), work)]
+    return [Scenario("", work.name, 1, "", _model(args.model), work)]
 
 
 def _with_n(scenario: Scenario, n: int) -> Scenario:
@@ -169,7 +169,10 @@ def _print_scenarios(
 
 def _print_one(args: argparse.Namespace, chosen: list[Scenario], hardware: Hardware, efficiency: Efficiency) -> list:
     figures, (scenario,) = [], chosen
-    print(f"{scenario.id} {scenario.name}, {scenario.model.name}: {scenario.title} {scenario.note}".rstrip() + "\n")
+    name = f"{scenario.id} {scenario.name}".strip()
+    print(
+        f"{name}, {scenario.model.name}: {_about(scenario.workload)}. {scenario.title} {scenario.note}".rstrip() + "\n"
+    )
     for regime in _regimes(args, ("isolated", "saturated")):
         costs = costs_of(scenario, hardware, regime, efficiency, price=args.price, watts=args.watts)
         shown = costs if args.sharing == "all" else {args.sharing: costs[args.sharing]}
@@ -180,6 +183,13 @@ def _print_one(args: argparse.Namespace, chosen: list[Scenario], hardware: Hardw
     for sharing, text in SHARINGS.items():
         print(f"{sharing:7} {text}")
     return figures
+
+
+def _about(work: Workload) -> str:
+    lengths = [length for query in work.suffixes for length in query]
+    return (
+        f"N = {work.n}, prompt {work.prompt}, trunk {work.trunk}, suffixes of {min(lengths)} to {max(lengths)} tokens"
+    )
 
 
 def _kind(costs) -> str:
@@ -267,6 +277,8 @@ def economics(args: argparse.Namespace) -> int:
         regime=regime, efficiency=efficiency, price=price,
     )  # fmt: skip
     if args.traces:
+        if args.external_accuracy is not None:
+            fail("--external-accuracy", "none beside --traces, which have their own", args.external_accuracy)
         accuracy, external, source = _external_of_traces(args, hardware, efficiency, price)
     else:
         outer = Scenario.load(args.external)

@@ -8,7 +8,9 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 
-from .checks import check_number, fail, fail_unknown
+from .checks import check_choice, check_number, fail, fail_unknown
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,19 @@ class Hardware:
         )
 
     @classmethod
-    def measured(cls, device: str | None = None) -> Hardware:
-        """The ceilings of this machine, by `tts_kernels.ceilings`: matrix products in bf16 and reads (CPU) or copies
-        (GPU). Takes seconds once per process and wants an idle device. device: as torch names it; default: the GPU if
-        there is one, else the CPU."""
+    def measured(cls, device: str | None = None, dtype: str = "bfloat16") -> Hardware:
+        """The ceilings of this machine, by `tts_kernels.ceilings`: matrix products, and reads (CPU) or copies (GPU).
+        Takes seconds once per process and wants an idle device.
+
+        device  as torch names it; default: the GPU if there is one, else the CPU
+        dtype   of the products, as torch names it: the rate stands in bf16_flops, whatever the dtype
+        """
         import torch
 
         from tts_kernels import ceilings, doctor
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        found = ceilings.measured(device, torch.bfloat16)
+        found = ceilings.measured(device, getattr(torch, check_choice("dtype", dtype, DTYPES)))
         if device.type == "cuda":
             name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
         else:
@@ -81,7 +86,8 @@ class Hardware:
             if hasattr(os, "sysconf"):
                 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         date = datetime.date.today().isoformat()
-        return cls(name, found.flops["bfloat16"], found.bandwidth, memory, None, "measured here", date)
+        source = "measured here" if dtype == "bfloat16" else f"measured here, {dtype}"
+        return cls(name, found.flops[dtype], found.bandwidth, memory, None, source, date)
 
 
 def hardware_table() -> dict[str, dict]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .account import DECODE, PARTS, PREFILL_RATE, Account, Efficiency
-from .checks import check_choice, check_number, fail, fail_unknown
+from .checks import check_choice, check_int, check_number, fail, fail_unknown
 from .hardware import Hardware, as_hardware
 from .shapes import BF16, ModelShape, as_model
 from .workload import Workload
@@ -101,6 +101,7 @@ class QueryCost:
     efficiency: Efficiency
     price: Price | None
     watts: float | None
+    element_bytes: int
     parts: Mapping[str, Part]
     kv_byte_seconds: float
     peak_kv_bytes: float
@@ -157,7 +158,7 @@ class QueryCost:
         weights = self.model.num_parameters
         if self.workload.verifier != "none":
             weights += (self.workload.verifier_model or self.model).num_parameters
-        return weights * BF16 + self.peak_kv_bytes
+        return weights * self.element_bytes + self.peak_kv_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -255,6 +256,7 @@ class QueryCost:
             "sharing": self.sharing,
             "regime": self.regime,
             "efficiency": dataclasses.asdict(self.efficiency),
+            "element_bytes": self.element_bytes,
             "figures": self.figures,
             "seconds": self.seconds,
             "decode_seconds": self.decode_seconds,
@@ -300,8 +302,9 @@ def query_cost(
     price: Price | str | tuple[float, str] | None = None,
     watts: float | None = None,
     efficiency: Efficiency | None = None,
+    element_bytes: int = BF16,
 ) -> QueryCost:
-    """The modelled cost of a query on one device in bf16, part by part (the accounting of account.py; the formulas are
+    """The modelled cost of a query on one device, part by part (the accounting of account.py; the formulas are
     those of Hydragen, arXiv 2402.05099, for KV, the roofline for time).
 
     workload    N candidates, their lengths, search and verifier
@@ -312,6 +315,7 @@ def query_cost(
     price       of a GPU hour, with its currency: Price(2.0, "USD"), "2 USD"
     watts       mean power, for joules
     efficiency  shares of the ceilings that are reached; default all 1, so that seconds are floors
+    element_bytes   of weights and KV: 2, bf16; 4 for a run in fp32, on a Hardware whose rate is that of fp32
 
     Sharing a prefix of P tokens between N samples of S tokens divides kv_read_bytes by `kv_saving(N, P, S)` at most:
     by about 1 for a short prompt and a long chain of thought. Raises ValueError for a context beyond the model's limit.
@@ -328,18 +332,25 @@ def query_cost(
     if watts is not None:
         check_number("watts", watts, least=0)
     price = None if price is None else Price.parse(price)
+    element_bytes = check_int("element_bytes", element_bytes, 1)
     workload.check_context(model)
-    account = Account(workload, model, hardware, sharing, regime, efficiency)
+    account = Account(workload, model, hardware, sharing, regime, efficiency, element_bytes)
     account.generate()
     account.verify()
     parts = {name: Part(*sums) for name, sums in account.scaled().items()}
     return QueryCost(
-        workload, model, hardware, sharing, regime, efficiency, price, watts, parts,
+        workload, model, hardware, sharing, regime, efficiency, price, watts, element_bytes, parts,
         account.kv_byte_seconds / workload.queries, account.peak_kv_bytes,
     )  # fmt: skip
 
 
 def _modelled(workload: Workload, like: QueryCost) -> QueryCost:
     return query_cost(
-        workload, like.model, like.hardware, sharing=like.sharing, regime=like.regime, efficiency=like.efficiency
+        workload,
+        like.model,
+        like.hardware,
+        sharing=like.sharing,
+        regime=like.regime,
+        efficiency=like.efficiency,
+        element_bytes=like.element_bytes,
     )

@@ -185,10 +185,14 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """kappa: 2 L Hkv d elements of bf16; latent attention: L (rank + rope)."""
+        """kappa, in bf16: 2 L Hkv d elements; latent attention: L (rank + rope)."""
+        return self.kv_bytes(BF16)
+
+    def kv_bytes(self, element: int) -> int:
+        """kappa with elements of so many bytes."""
         if self.latent:
-            return self.num_layers * (self.latent.kv_rank + self.latent.rope_dim) * BF16
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BF16
+            return self.num_layers * (self.latent.kv_rank + self.latent.rope_dim) * element
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element
 
     @property
     def attention_flops_per_key(self) -> int:

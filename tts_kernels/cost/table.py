@@ -135,8 +135,8 @@ def caption(hardware: Hardware, regime: str, efficiency: Efficiency, figures: st
     shares = f"{efficiency.bandwidth:.0%} of the bandwidth, {efficiency.compute:.0%} of the FLOP/s in decode, "
     return (
         f"{regime}: {REGIMES[regime]}\n"
-        f"{figures}: {hardware.name}, bf16, {hardware.bf16_flops / 1e12:.4g} TFLOP/s dense, "
-        f"{hardware.bandwidth / 1e12:.4g} TB/s ({hardware.source}, {hardware.date}), at {shares}"
+        f"{figures}: {hardware.name}, bf16, {rate(hardware.bf16_flops, 'FLOP/s')} dense, "
+        f"{rate(hardware.bandwidth, 'B/s')} ({hardware.source}, {hardware.date}), at {shares}"
         f"{efficiency.prefill:.0%} in prefill and verifier"
     )
 
@@ -145,6 +145,11 @@ def amount(cost: QueryCost) -> str:
     if cost.fits is False:
         return f"no fit ({cost.memory_bytes / 1e9:.0f} GB)"
     return number(cost.seconds) + " s" if cost.price is None else f"{cost.money:.3g} {cost.price.currency}"
+
+
+def rate(value: float, unit: str) -> str:
+    scale, letter = (1e12, "T") if value >= 1e12 else (1e9, "G")
+    return f"{value / scale:.4g} {letter}{unit}"
 
 
 def ratio(value: float) -> str:
