@@ -14,10 +14,14 @@ namespace {
 constexpr int64_t kSerialRows = 4096;  // rows below which waking other threads costs more than it saves
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
+// As torch.minimum and torch.maximum: nan where one of the two is.
+float minimum(float a, float b) { return std::isnan(a) || a < b ? a : b; }
+float maximum(float a, float b) { return std::isnan(a) || a > b ? a : b; }
+
 float log_sum_exp_of_others(const float* logits, int64_t columns, int64_t except) {
   float top = -std::numeric_limits<float>::infinity(), sum = 0.0f;
   for (int64_t c = 0; c < columns; ++c)
-    if (c != except && !(logits[c] <= top)) top = logits[c];  // a nan wins
+    if (c != except) top = maximum(top, logits[c]);
   if (std::isinf(top) || std::isnan(top)) return top;
   for (int64_t c = 0; c < columns; ++c)
     if (c != except) sum += std::exp(logits[c] - top);
@@ -36,10 +40,6 @@ float sigmoid(float margin) {
 
 // log(sigmoid(margin)) = -log(1 + exp(-margin)), without overflow.
 float log_sigmoid(float margin) { return std::min(margin, 0.0f) - std::log1p(std::exp(-std::fabs(margin))); }
-
-// As torch.minimum and torch.maximum: nan where one of the two is.
-float minimum(float a, float b) { return std::isnan(a) || a < b ? a : b; }
-float maximum(float a, float b) { return std::isnan(a) || a > b ? a : b; }
 
 void reduce_candidate(const ReduceScoresParams& p, int64_t i) {
   const int64_t begin = p.offsets[i], end = p.offsets[i + 1], count = std::max<int64_t>(0, end - begin);

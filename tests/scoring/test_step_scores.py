@@ -8,6 +8,7 @@ import torch
 from scoring_cases import BF16, FP16, FP32, Case
 
 from tts_kernels.scoring import ScoreHead, step_scores, unsupported_reasons
+from tts_kernels.scoring.api import BACKENDS
 
 # Heads of published verifiers first, small; then each option off its default once, dtypes that differ, sizes that fill
 # no block (37), more columns than a Triton program owns (11), and a hidden size of several blocks (1100, 130).
@@ -116,6 +117,17 @@ def test_infinite_logits(path, columns):
     got = cases.Inputs(Case(), hidden, torch.arange(3), torch.arange(4), head).run(path)
     assert got.margin[:2].tolist() == [inf, -inf] and got.prob[:2].tolist() == [1.0, 0.0]
     assert got.log_prod[:2].tolist() == [0.0, -inf]
+
+
+def test_a_nan_beside_any_logit(path):
+    """In a column that is not the positive one: the margin is nan, whatever stands before or after it. The logits are
+    given to the backend, since a head cannot make them."""
+    inf, nan = math.inf, math.nan
+    logits = torch.tensor([[nan, inf, 0], [inf, nan, 0], [nan, 1, 0], [1, nan, 0], [inf, 1, 0]], device=path.device)
+    offsets = torch.arange(6, device=path.device)
+    margin, _, stats, _ = BACKENDS.load(path.backend).reduce(logits, offsets, "softmax", 2)
+    assert margin.isnan().tolist() == [True] * 4 + [False] and margin[4] == -inf
+    assert torch.equal(stats.isnan().all(0), margin.isnan())
 
 
 def test_columns_are_rows_of_the_vocabulary(path):
