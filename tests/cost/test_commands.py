@@ -114,7 +114,9 @@ def test_traces(capsys, traces, tmp_path):
     file = tmp_path / "figures.json"
     out = run(capsys, "cost", "--traces", traces, "--model", "qwen3-8b", "--price", "2 USD", "--value", "0.01 USD",
               "--json", str(file))  # fmt: skip
-    assert "accuracies: measured, 12 questions" in out and "costs (model): NVIDIA" in out and "is worth most" in out
+    assert (
+        "accuracies (of the traces): 12 questions" in out and "costs (model): NVIDIA" in out and "is worth most" in out
+    )
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["1", "2", "4", "8"]
     assert len(json.loads(file.read_text())) == 8
     out = run(capsys, "cost", "--traces", traces, "--model", "qwen3-8b", "--price", "2 EUR", "--method", "majority")
@@ -156,6 +158,8 @@ def test_economics_of_traces(capsys, traces):
         (("cost", "--scenario", "A", "--prompt", "3"), "--scenario: expected none beside --prompt"),
         (("cost", "--n", "-4", *OWN), "n: expected at least 1, got -4"),
         (("cost", "--n", "4", *OWN, "--prompt", "50000"), "40960 tokens, the limit"),
+        (("cost", "--scenario", "A", "--verifier", "none"), "--verifier: expected none without a workload"),
+        (("cost", "--sharing", "tree"), "--sharing: expected all where several"),
         (("cost", "--efficiency", "0.5"), "--efficiency: expected three numbers such as 0.8,0.6,0.5, got 0.5"),
         (("cost", "--efficiency", "1,2,1"), "compute: expected at most 1, got 2"),
         (("cost", "--efficiency", "1,x,1"), "--efficiency: expected three numbers"),

@@ -25,14 +25,13 @@ from tts_kernels.cost import (
 # --- KV saving ------------------------------------------------------------------------------------------------------
 
 
-# economics.md §6, N = 64. Two of its seven figures are not what the formula gives: (2k, 4k) stands there as 1.99, which
-# is above 64-fold sharing's 1.97 (2.00 is the limit for large N), and (32k, 8k) as 8.2 instead of 8.0.
+# The saving of 64 samples, by hand.
 @pytest.mark.parametrize(
     "prefix, suffix, printed",
     [(200, 12_000, "1.03"), (250, 700, "1.70"), (2048, 4096, "1.97"), (9200, 3000, "6.51"), (32_000, 2000, "22.00"),
      (32_000, 8000, "8.00"), (4096, 512, "13.60")],
 )  # fmt: skip
-def test_limits_of_the_facts(prefix, suffix, printed):
+def test_kv_saving_by_hand(prefix, suffix, printed):
     assert f"{kv_saving(64, prefix, suffix):.2f}" == printed
 
 
@@ -55,7 +54,7 @@ def test_kv_saving_tends_to_its_limit():
 
 
 def test_kinetics_golden():
-    """Qwen3-8B, context 256, 8,192 tokens, one trial: 155.2 + 2957.1 (from their code, economics.md §3.3)."""
+    """Qwen3-8B, context 256, 8,192 tokens, one trial: 155.2 + 2957.1, from their code."""
     compute, memory = kinetics("qwen3-8b", 1, 256, 8192)
     assert compute == pytest.approx(155.2, rel=1e-3) and memory == pytest.approx(2957.1, rel=1e-3)
 
@@ -99,7 +98,7 @@ def test_train_flops(parameters, tokens, printed):
     assert f"{train_flops(parameters, tokens):.2e}" == printed
 
 
-# Ceilings of sharing a prefix read (economics.md §2.3 and §0.7): min(N, ridge / g).
+# Ceilings of sharing a prefix read: min(N, ridge / g), with ridges of 206, 295 and 281.
 @pytest.mark.parametrize(
     "model, hardware, ceiling",
     [("qwen2.5-7b", "h200", 29), ("qwen3-8b", "h200", 52), ("qwen3-32b", "h200", 26), ("deepseek-r1", "h200", 1.0),
@@ -134,7 +133,7 @@ def test_shape_of_published_cascades():
 
 
 def test_break_even():
-    # economics.md §6: s1's SFT at $14, c_int $0.00078, c_ext $0.00180 and $0.00141: 14k and 22k queries.
+    # The fine-tuning of s1 at $14, a query for $0.00078 inside, $0.00180 or $0.00141 outside: 14k and 22k queries.
     assert round(break_even(14, 0.00180, 0.00078), -3) == 14_000
     assert round(break_even(14, 0.00141, 0.00078), -3) == 22_000
     assert break_even(14, 0.00180, 0.00078, 0.00180 / 0.00141) == pytest.approx(break_even(14, 0.00141, 0.00078))

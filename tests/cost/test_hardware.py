@@ -12,7 +12,8 @@ from tts_kernels import ceilings, cost
 from tts_kernels.cost import Hardware
 from tts_kernels.cost.hardware import hardware_table
 
-# TFLOP/s, TB/s, GB, FLOP per byte: economics.md §3.2. And figures with sparsity that pages print as dense ones.
+# TFLOP/s in bf16 and fp8, TB/s, GB, FLOP per byte: data sheets, dense. And TFLOP/s with sparsity that pages print as
+# dense ones.
 GOLDEN = {
     "a100": (312, None, 2.039, 80, 153, (624,)),
     "h100": (989, 1979, 3.35, 80, 295, (1979, 3958)),

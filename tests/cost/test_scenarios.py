@@ -1,4 +1,4 @@
-"""The scenarios of economics.md §6: that they load, and what the model says of them beside what was predicted there."""
+"""The scenarios: that they load, and what the model says of them beside what was predicted when they were drawn up."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from tts_kernels.cost import PLANNED, Hardware, Lognormal, ModelShape, Scenario, query_cost, scenarios
 from tts_kernels.cost.query import SHARINGS
 
-# Predictions of §6, for an H200 at 0.8 of its bandwidth, 0.6 of its FLOP/s, MFU 0.5: KV ratio, whole query and decode
-# alone V1 to V2 (isolated), m(64) saturated, V1 and V2. They are predictions, made from draws that the facts do not
-# give; what the test computes is derived again from the formulas, with our own draws, and has to agree within the
+# Predictions, for an H200 at 0.8 of its bandwidth, 0.6 of its FLOP/s, MFU 0.5: KV ratio, whole query and decode
+# alone V1 to V2 (isolated), m(64) saturated, V1 and V2. They were made from draws that are not
+# known; what the test computes is derived again from the formulas, with our own draws, and has to agree within the
 # tolerance. Over seeds the ratios of C and D spread as widely: 0.8 to 1.2 of their median. E draws nothing.
 PREDICTED = {
     "A": (1.02, 1.02, 1.01, (82, 79), 0.05),
@@ -82,7 +82,7 @@ def test_e_second_by_second():
 
 
 def test_d_does_not_fit_in_copies():
-    """§6: unshared copies of its KV alone need 158 GB."""
+    """Predicted: unshared copies of its KV alone need 158 GB."""
     copies, paged, tree = costs(Scenario.load("D"))
     assert copies.peak_kv_bytes == pytest.approx(158e9, rel=0.03) and copies.fits is False
     assert paged.fits and tree.fits and paged.peak_kv_bytes == tree.peak_kv_bytes < 12e9
@@ -96,8 +96,8 @@ def test_the_trunk_has_to_be_decoded():
     assert whole[1].seconds - given[1].seconds == pytest.approx(9000 * 14.14e9 / (4.8e12 * 0.8), rel=0.05)
 
 
-def test_break_even_of_the_facts():
-    """§6: c_int $0.00078 (A, one candidate of the mean length), c_ext B $0.00180 and $0.00141, saturated, $2/h."""
+def test_break_even_as_predicted():
+    """Predicted: one candidate of A, of the mean length, $0.00078; B $0.00180 and $0.00141; saturated, $2/h."""
     a = Scenario.load("A")
     alone = dataclasses.replace(a.workload, n=1, suffix=12_000)
     cost = query_cost(alone, a.model, "h200", regime="saturated", efficiency=PLANNED, price="2 USD")
@@ -117,7 +117,7 @@ def test_order_on_every_device(hardware):
 
 
 def test_latent_attention_gains_next_to_nothing():
-    """economics.md §0.7: DeepSeek-R1's decode attention is bound by arithmetic on an H200, shared or not."""
+    """DeepSeek-R1's decode attention is bound by arithmetic on an H200, shared or not."""
     work = dataclasses.replace(Scenario.load("D").workload, suffix=2000, verifier="none")
     deepseek = [query_cost(work, "deepseek-r1", "h200", sharing=s).decode_seconds for s in ("paged", "tree")]
     qwen = [query_cost(work, "qwen3-8b", "h200", sharing=s).decode_seconds for s in ("paged", "tree")]

@@ -10,7 +10,7 @@ import torch
 from tts_kernels.cost import ModelShape
 from tts_kernels.cost.shapes import MODEL_TYPES, model_table
 
-# Parameters as the checkpoints have them; kappa, g and a as in the facts (economics.md §3.1).
+# Parameters as the checkpoints have them; kappa, g and a by hand from the public configs.
 GOLDEN = {
     "qwen2.5-7b": (7_615_616_512, 57_344, 7, 401_408),
     "qwen2.5-14b": (14_770_033_664, 196_608, 5, 983_040),
@@ -28,7 +28,7 @@ GOLDEN = {
     "r1-distill-qwen-7b": (7_615_616_512, 57_344, 7, 401_408),
     "deepseek-r1": (671_026_404_352, 70_272, None, 16_990_208),
 }
-# Billions of parameters in the facts, as printed there. Two are cut off rather than rounded: 8.1907 and 1.7206.
+# Billions of parameters as commonly printed; 8.190 and 1.720 are cut off rather than rounded.
 PRINTED = {
     "qwen2.5-7b": 7.615, "qwen2.5-14b": 14.77, "qwen2.5-32b": 32.76, "qwen3-0.6b": 0.596, "qwen3-1.7b": 1.720,
     "qwen3-4b": 4.022, "qwen3-8b": 8.190, "qwen3-14b": 14.77, "qwen3-32b": 32.76, "llama-3.1-8b": 8.030,
@@ -49,7 +49,7 @@ def test_golden(name):
 
 
 @pytest.mark.parametrize("name, printed", PRINTED.items())
-def test_billions_of_the_facts(name, printed):
+def test_billions_as_printed(name, printed):
     unit = 10 ** -len(str(printed).partition(".")[2].ljust(3 if printed < 10 else 0, "0"))
     assert abs(ModelShape.preset(name).num_parameters / 1e9 - printed) < unit
 

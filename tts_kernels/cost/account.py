@@ -35,7 +35,8 @@ LOGITS = 8  # bytes for each logit: fp32, written and read
 @dataclass(frozen=True)
 class Efficiency:
     """Shares of the ceilings that are reached: of the bandwidth, of bf16 FLOP/s in decode steps, and in prefill and
-    verifier passes. All 1: floors. `PLANNED` is what economics.md §6 plans with."""
+    verifier passes. All 1: floors. `PLANNED` is what good kernels reach on
+    data-center GPUs: a plan, not a measurement."""
 
     bandwidth: float = 1.0
     compute: float = 1.0

@@ -32,6 +32,8 @@ ECONOMICS_EXAMPLES = """examples:
       --model qwen3-8b --internal-accuracy 0.8 --plot break-even.svg
 """
 
+EXTRA = ("trunk", "cv", "cap", "search", "keep", "steps", "verifier", "verifier_model")  # of a workload of one's own
+
 
 def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
     _format(parser, COST_EXAMPLES)
@@ -42,14 +44,14 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
         "scenario's, or of a workload's of your own")  # fmt: skip
     add("--n", type=int, help="candidates: of your own workload, or in place of a scenario's")
     add("--prompt", type=int, help="tokens of the prompt")
-    add("--trunk", type=int, default=0, help="tokens decoded once before the candidates fork (default 0)")
+    add("--trunk", type=int, help="tokens decoded once before the candidates fork (default 0)")
     add("--suffix", type=int, help="tokens of each candidate; their mean where --cv is given")
     add("--cv", type=float, help="coefficient of variation of lognormal suffixes")
     add("--cap", type=int, help="longest suffix of these")
-    add("--search", choices=SEARCHES, default="best_of_n", help="default %(default)s")
+    add("--search", choices=SEARCHES, help="default best_of_n")
     add("--keep", type=int, help="candidates that a search keeps")
-    add("--steps", type=int, default=1, help="steps of a candidate (default %(default)s)")
-    add("--verifier", choices=VERIFIERS, default="none", help="default %(default)s; with traces prm")
+    add("--steps", type=int, help="steps of a candidate (default 1)")
+    add("--verifier", choices=VERIFIERS, help="default none; with traces that are chosen among by score prm")
     add("--verifier-model", metavar="NAME", help="a preset or config.json (default: as the policy)")
     _common(parser)
     add("--sharing", choices=[*SHARINGS, "all"], default="all", help="policies to print for one workload")
@@ -119,7 +121,10 @@ def _chosen(args: argparse.Namespace) -> list[Scenario]:
     own = args.prompt is not None or args.suffix is not None
     if args.scenario and own:
         fail("--scenario", "none beside --prompt and --suffix", args.scenario)
+    extra = {name: getattr(args, name) for name in EXTRA if getattr(args, name) is not None}
     if not own:
+        for name, value in extra.items():
+            fail("--" + name.replace("_", "-"), "none without a workload of --prompt and --suffix", value)
         name = args.scenario or "all"
         found = scenarios() if name == "all" else [Scenario.load(name)]
         if args.model:
@@ -128,13 +133,11 @@ def _chosen(args: argparse.Namespace) -> list[Scenario]:
     for name in ("model", "n", "prompt", "suffix"):
         if getattr(args, name) is None:
             fail(f"--{name}", "a value, as --model, --n, --prompt and --suffix make a workload", "none")
-    suffix = args.suffix
-    if args.cv is not None:
-        suffix = Lognormal(args.suffix, args.cv, args.cap)
-    work = Workload(
-        args.n, args.prompt, suffix, args.trunk, args.search, args.keep, args.steps, args.verifier,
-        _model(args.verifier_model) if args.verifier_model else None, name="your own workload",
-    )  # fmt: skip
+    cv, cap = extra.pop("cv", None), extra.pop("cap", None)
+    suffix = args.suffix if cv is None else Lognormal(args.suffix, cv, cap)
+    if "verifier_model" in extra:
+        extra["verifier_model"] = _model(extra["verifier_model"])
+    work = Workload(args.n, args.prompt, suffix, name="your own workload", **extra)
     return [Scenario("", work.name, 1, "", _model(args.model), work)]
 
 
@@ -147,6 +150,8 @@ def _with_n(scenario: Scenario, n: int) -> Scenario:
 def _print_scenarios(
     args: argparse.Namespace, chosen: list[Scenario], hardware: Hardware, efficiency: Efficiency
 ) -> list:
+    if args.sharing != "all":
+        fail("--sharing", "all where several scenarios are printed", args.sharing)
     figures = []
     for regime in _regimes(args, ("isolated", "saturated")):
         costs = {
@@ -204,7 +209,9 @@ def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Effi
     curves = _curves(args, traces, hardware, efficiency, price)
     regime = _money_regime(args)
     print(caption(hardware, regime, efficiency, "costs (model)"))
-    print(f"accuracies: measured, {len(traces.questions)} questions of {args.traces}; 95% bootstrap over questions\n")
+    print(
+        f"accuracies (of the traces): {len(traces.questions)} questions of {args.traces}; 95% bootstrap over questions\n"
+    )
     method, rows, figures = args.method or "best_of_n", [], []
     shown = [other for other in _shown(traces) if other != method]
     for paged, tree in zip(curves["paged"], curves["tree"]):
@@ -219,7 +226,14 @@ def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Effi
             ]
         )
         for sharing, point in (("paged", paged), ("tree", tree)):
-            figures.append({"sharing": sharing, **dataclasses.asdict(point), "currency": price.currency})
+            figures.append(
+                {
+                    "sharing": sharing,
+                    **dataclasses.asdict(point),
+                    "per_solved": _finite(point.per_solved),
+                    "currency": price.currency,
+                }
+            )
     money = price.currency
     print(
         markdown(
@@ -244,10 +258,8 @@ def _shown(traces: Traces) -> list[str]:
 def _curves(
     args: argparse.Namespace, traces: Traces, hardware: Hardware, efficiency: Efficiency, price: Price
 ) -> dict[str, list[Point]]:
-    verifier = getattr(args, "verifier", "none")
     method = args.method or "best_of_n"
-    if verifier == "none" and method in ("best_of_n", "weighted_vote"):
-        verifier = "prm"
+    verifier = getattr(args, "verifier", None) or ("prm" if method in ("best_of_n", "weighted_vote") else "none")
     model = getattr(args, "verifier_model", None)
     return {
         sharing: traces.curve(
@@ -297,7 +309,7 @@ def economics(args: argparse.Namespace) -> int:
         print(f"\nplot in {args.plot}")
     figures = {
         **dataclasses.asdict(found), "queries": queries, "regime": regime, "hardware": hardware.name,
-        "break_even": {s: None if math.isinf(v := found.volume(s)) else v for s in found.external},
+        "break_even": {s: _finite(found.volume(s)) for s in found.external},
     }  # fmt: skip
     _write(args.json, figures)
     return 0
@@ -381,6 +393,11 @@ def _money_regime(args: argparse.Namespace) -> str:
     if args.regime == "both":
         fail("--regime", "one of isolated, saturated where costs are compared", "both")
     return args.regime or "saturated"
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _check_output(path: Path | None) -> None:
