@@ -33,13 +33,14 @@ DEMO := $(BIN)/tts-kernels
 READY := .venv/ready .venv/native
 endif
 
-.PHONY: help venv native demo test bench static lint sanitize clean
+.PHONY: help venv native demo test bench gpu static lint sanitize clean
 
 help:
 	@echo "make venv      .venv with everything in it, and the native module"
 	@echo "make demo      N samples over one shared KV tree, beside stock transformers"
 	@echo "make test      the tests; the end says what was skipped and why"
 	@echo "make bench     the benchmarks: a table, JSON and a plot"
+	@echo "make gpu       on a GPU: build, tests, compute-sanitizer, benchmarks beside peers; a record and a short table"
 	@echo "make static    what the GPU kernels compile to, against limits; needs no GPU"
 	@echo "make lint      ruff and clang-format, which change nothing"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -55,6 +56,13 @@ test: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# On a GPU, in under eight minutes; building is a stage like the others. STAGES="test bench" takes some of them, RESULTS=DIR
+# another folder, ARGS=--dry shows on a CPU that it works; COMMIT says what this is where there is no git.
+STAGES = build compile test sanitize bench
+RESULTS = benchmarks/results
+gpu: $(filter-out native,$(READY))
+	$(PY) -m benchmarks.gpu --stages "$(STAGES)" --results "$(RESULTS)" $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 # Figures of unchanged kernels are kept in build/static.
 static: $(READY)

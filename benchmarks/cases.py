@@ -32,9 +32,18 @@ class AttentionCase:
     def name(self) -> str:
         return f"{self.dtype} N={self.num_samples} P={self.prefix} S={self.suffix}"
 
+    device = "cpu"
+    num_q_heads, num_kv_heads, head_dim, group_size = NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, GROUP
+    rows_each = 1  # of a sample
+    equal_paths = True  # every sample's path has as many tokens
+
     @property
     def shared(self) -> bool:
         return self.suffix > 0
+
+    @property
+    def two_level(self) -> bool:
+        return self.shared
 
     @property
     def row_bytes(self) -> int:

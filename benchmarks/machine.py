@@ -71,8 +71,13 @@ def last_level_cache() -> int:
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=0)
 
 
-def memory_shortage(needed: int) -> str:
+def memory_shortage(needed: int, device: str = "cpu") -> str:
     """ "" or, as a reason, that so many bytes (and some to work with) are not free."""
+    if device == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info()
+        free_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        short = needed + 2 * GIB > free_bytes
+        return f"needs {needed / 1e9:.1f} GB on the GPU, {free_bytes / 1e9:.1f} GB are free" if short else ""
     free = re.search(r"MemAvailable:\s*(\d+) kB", read("/proc/meminfo"))
     if free is None or needed + GIB // 2 < int(free[1]) * 1024:
         return ""

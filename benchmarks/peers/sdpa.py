@@ -8,7 +8,7 @@ NAME = "sdpa"
 
 
 def reason_against(case):
-    return memory_shortage(case.replicated_kv_bytes)
+    return memory_shortage(case.replicated_kv_bytes, case.device)
 
 
 def prepare(inputs):

@@ -2,21 +2,23 @@
 
 import torch.nn.functional as F
 
-from ..cases import GROUP, HEAD_DIM, NUM_KV_HEADS, NUM_Q_HEADS
 from ..machine import memory_shortage
 
 NAME = "sdpa packed"
 
 
 def reason_against(case):
-    return memory_shortage(case.replicated_kv_bytes)
+    if case.rows_each != 1:
+        return "several rows for each sample"
+    if not case.equal_paths:
+        return "paths of different lengths"
+    return memory_shortage(case.replicated_kv_bytes, case.device)
 
 
 def prepare(inputs):
-    n = inputs.case.num_samples
-    q = inputs.q.view(n, NUM_KV_HEADS, GROUP, HEAD_DIM)
-    k, v = inputs.replicated
-    return lambda: F.scaled_dot_product_attention(q, k, v).view(n, NUM_Q_HEADS, HEAD_DIM)
+    case, (k, v) = inputs.case, inputs.replicated
+    q = inputs.q.view(case.num_samples, case.num_kv_heads, case.group_size, case.head_dim)
+    return lambda: F.scaled_dot_product_attention(q, k, v).reshape(case.num_samples, case.num_q_heads, case.head_dim)
 
 
 def bytes_read(case):

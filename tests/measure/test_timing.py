@@ -124,6 +124,7 @@ def test_methods_take_turns_and_samples_are_long_enough(monkeypatch):
 def test_cold_sets_fill_the_cache_several_times():
     assert set_count(100 << 20, 50 << 20) == 2
     assert set_count(1 << 20, 50 << 20) == 200
+    assert set_count(1 << 30, 50 << 20) == 1
     assert set_count(1, 50 << 20) == timing.MOST_SETS
     assert set_count(1 << 20, 0) == 2
     calls = [lambda i=i: i for i in range(3)]

@@ -125,8 +125,10 @@ def capture(calls: Sequence[Call], device: torch.device) -> Captured:
 
 
 def set_count(set_bytes: int, cache_bytes: int) -> int:
-    """Input sets that make a cold call cold: enough memory to fill the cache COLD_FACTOR times, two at least."""
-    return min(max(-(-COLD_FACTOR * cache_bytes // max(set_bytes, 1)), 2), MOST_SETS)
+    """Input sets that make a cold call cold: enough memory to fill the cache COLD_FACTOR times, two at least; one where
+    a set pushes out its own beginning many times over."""
+    least = 1 if set_bytes > 4 * COLD_FACTOR * cache_bytes > 0 else 2
+    return min(max(-(-COLD_FACTOR * cache_bytes // max(set_bytes, 1)), least), MOST_SETS)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -1,0 +1,33 @@
+"""A pytest plugin of the stage `test`: takes every k-th test, and writes the outcome of each as a line of JSON, so that
+what ran before a crash is known."""
+
+from __future__ import annotations
+
+import json
+import os
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    index, count = map(int, os.environ["TTS_SHARD"].split("/"))
+    items[:] = items[index::count]
+
+
+def pytest_runtest_logstart(nodeid, location) -> None:
+    write({"begin": nodeid})
+
+
+def pytest_runtest_logreport(report) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        what = "skipped" if report.skipped else report.outcome
+        text = report.longreprtext.strip().splitlines() if report.failed else []
+        errors = [line for line in text if line.startswith("E ")]
+        write({"test": report.nodeid, "outcome": what, "error": (errors or text[-1:] or [""])[0][:300]})
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    write({"exit": int(exitstatus)})
+
+
+def write(line: dict) -> None:
+    with open(os.environ["TTS_SHARD_LOG"], "a") as log:
+        print(json.dumps(line), file=log)

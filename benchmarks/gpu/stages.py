@@ -1,0 +1,281 @@
+"""The stages of `make gpu`. Each runs in processes of its own, within a budget: one that fails, hangs or takes the
+device down leaves the others to run, and what it had found until then."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..machine import ROOT
+from . import cases
+from .bench import all_cases
+
+WORK = ROOT / "build" / "gpu"
+SHARDS = 12  # of the tests: they compile as they go, one kernel after the other in each
+RESTARTS = 8  # of the benchmarks, after crashes
+
+
+@dataclass(frozen=True)
+class Run:
+    """dry: everything small, on the CPU, Triton's kernels under its interpreter."""
+
+    dry: bool
+    grid: str
+    results: Path
+
+    def environment(self) -> dict[str, str]:
+        found = os.environ | {
+            "TRITON_CACHE_DIR": str(WORK / "triton"),
+            "FLASHINFER_WORKSPACE_BASE": str(WORK),
+            "PYTHONUNBUFFERED": "1",
+            # ninja and pytest of the interpreter that runs this.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        }
+        if self.dry:
+            found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return found
+
+
+@dataclass
+class Result:
+    status: str = "passed"  # "failed", "timed out", "skipped"
+    lines: list[str] = field(default_factory=list)  # of the short table
+    data: dict = field(default_factory=dict)  # more of the record
+
+    def fail(self, line: str, status: str = "failed") -> None:
+        self.status = status
+        self.lines.append(line)
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    budget: float  # seconds
+    run: Callable[[Run, float], Result]  # with the moment, of time.monotonic, at which it has to be done
+    what: str
+    default: bool = True
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    timed_out: bool
+    output: str
+
+    @property
+    def tail(self) -> list[str]:
+        return [line[:200] for line in self.output.strip().splitlines()[-3:]]
+
+
+class Job:
+    """A command in a process group of its own, its output in WORK/<name>.log."""
+
+    def __init__(self, run: Run, name: str, command: list[str], **environment: str) -> None:
+        WORK.mkdir(parents=True, exist_ok=True)
+        self.log = WORK / f"{name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=run.environment() | environment, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self, end: float) -> Done:
+        timed_out = False
+        try:
+            self.process.wait(max(end - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # and what it left behind
+        code = self.process.wait()
+        return Done(code, timed_out, self.log.read_text(errors="replace"))
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def judge(result: Result, done: Done, name: str) -> Result:
+    if done.timed_out:
+        result.fail(f"{name}: ran out of its time", "timed out")
+    elif done.code:
+        result.fail(f"{name}: exit status {done.code}")
+        result.lines += done.tail
+    return result
+
+
+def build(run: Run, end: float) -> Result:
+    done = Job(run, "build", python("setup.py", "-q", "build_ext", "--inplace")).wait(end)
+    result = judge(Result(), done, "setup.py")
+    told = Job(run, "doctor", python("-m", "tts_kernels.cli", "doctor")).wait(end)
+    result.data["doctor"] = told.output.splitlines()
+    return judge(result, told, "doctor")
+
+
+def warm_up(run: Run, end: float) -> Result:
+    extra = ["--arch", "sm_90"] if run.dry else []
+    done = Job(run, "compile", python("-m", "benchmarks.gpu.warm_up", "--grid", run.grid, *extra)).wait(end)
+    lines = [line for line in done.output.splitlines() if line.startswith("FlashInfer ") or "Triton kernels" in line]
+    return judge(Result(lines=[line[:200] for line in lines]), done, "compile")
+
+
+def test(run: Run, end: float) -> Result:
+    """Shards of the tests marked gpu, side by side."""
+    chosen = ["tests/measure/test_timing.py"] if run.dry else ["-m", "gpu", "tests"]
+    count = 2 if run.dry else min(SHARDS, os.cpu_count() or 1)
+    jobs, logs = [], []
+    for i in range(count):
+        logs.append(WORK / f"test-{i}.jsonl")
+        logs[-1].unlink(missing_ok=True)
+        command = python("-m", "pytest", "-q", "-p", "benchmarks.gpu.shard", "-p", "no:cacheprovider", *chosen)
+        shard = {"TTS_SHARD": f"{i}/{count}", "TTS_SHARD_LOG": str(logs[-1]), "PYTHONPATH": str(ROOT)}
+        jobs.append(Job(run, f"test-{i}", command, **shard))
+    result, outcomes = Result(), {}
+    for i, (job, log) in enumerate(zip(jobs, logs)):
+        done = job.wait(end)
+        lines = read_lines(log)
+        # A test that failed and then could not be torn down stands there twice.
+        for line in lines:
+            if "test" in line and outcomes.get(line["test"], {}).get("outcome") != "failed":
+                outcomes[line["test"]] = line
+        last = next((line["begin"] for line in reversed(lines) if "begin" in line), "before any test")
+        if done.timed_out:
+            result.fail(f"shard {i} ran out of time, last in {last}", "timed out")
+        elif not any("exit" in line for line in lines):
+            result.fail(f"shard {i} died (status {done.code}), last in {last}: {' '.join(done.tail)[:200]}")
+        elif done.code not in (0, 1, 5):  # 5: no tests for this shard
+            result.fail(f"shard {i}: pytest's exit status {done.code}: {' '.join(done.tail)[:200]}")
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for line in outcomes.values():
+        counts[line["outcome"]] += 1
+    failed = [line for line in outcomes.values() if line["outcome"] == "failed"]
+    result.lines.insert(0, ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + f" in {count} shards")
+    for line in failed[:8]:
+        result.fail(f"{line['test']}: {line['error']}"[:200])
+    if not counts["passed"]:
+        result.fail("no test passed")
+    result.data = {"counts": counts, "failed": failed}
+    return result
+
+
+def sanitize(run: Run, end: float) -> Result:
+    """Memory accesses first, then races between the threads of a block, each for about half of the time."""
+    program = python("-m", "benchmarks.gpu.sanitized")
+    checker = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if run.dry or not checker:
+        why = "a dry run" if run.dry else "compute-sanitizer is not installed"
+        result = judge(Result("passed" if run.dry else "skipped"), Job(run, "sanitize", program).wait(end), "sanitized")
+        result.lines.insert(0, f"{why}: the program alone was run")
+        return result
+    result = Result()
+    begin = time.monotonic()
+    for tool, until in (("memcheck", begin + (end - begin) * 0.55), ("racecheck", end)):
+        # Without torch's cache of memory every tensor is an allocation, and a step out of it is seen.
+        command = [checker, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *program]
+        done = Job(run, f"sanitize-{tool}", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1").wait(until)
+        result.lines += [f"{tool}: {line.strip('= ')}" for line in done.output.splitlines() if "SUMMARY" in line]
+        judge(result, done, tool)
+    return result
+
+
+def bench(run: Run, end: float) -> Result:
+    """Starts benchmarks.gpu.bench again where a case took its process down: once without peers for that case, then
+    behind it."""
+    lines, names = WORK / "bench.jsonl", WORK / "bench-names.json"
+    lines.unlink(missing_ok=True)
+    everything = [case.name for case in all_cases(cases.grid(run.grid), "cuda")]
+    todo = list(everything)
+    result, crashed = Result(), {}
+    for attempt in range(RESTARTS + 1):
+        alone = [name for name in todo[:1] if name in crashed]
+        names.write_text(json.dumps(alone or todo))
+        command = python("-m", "benchmarks.gpu.bench", "--grid", run.grid, "--out", str(lines), "--names", str(names))
+        done = Job(run, f"bench-{attempt}", command + ["--only-ours"] * bool(alone)).wait(end)
+        found = read_lines(lines)
+        finished = {line["case"]["name"] for line in found if "case" in line}
+        begun = [line["begin"] for line in found if "begin" in line]
+        todo = [name for name in todo if name not in finished]
+        if done.timed_out:
+            result.fail(f"out of time: {len(todo)} cases not run", "timed out")
+            break
+        if done.code:
+            name = begun[-1] if begun and begun[-1] in todo else None
+            result.fail(f"crashed in {name or 'no case'}: {' '.join(done.tail)[:200]}")
+            if name is None:
+                break
+            if name in crashed:  # without peers too
+                todo.remove(name)
+            else:
+                todo = [name, *(other for other in todo if other != name)]
+            crashed[name] = done.tail[-1] if done.tail else ""
+        if not todo:
+            break
+    found = read_lines(lines)
+    entries = [line["case"] for line in found if "case" in line]
+    for entry in entries:
+        if entry["name"] in crashed:
+            entry["missing"]["peers"] = f"one took the process down: {crashed[entry['name']]}"
+        for method, text in entry["wrong"].items():
+            what = "failed" if entry["status"] == "failed" else "wrong result"
+            result.fail(f"{what}: {method}, {entry['name']}: {text}")
+    ceilings = [line["ceilings"] for line in found if "ceilings" in line]
+    after = [line["ceilings_after"] for line in found if "ceilings_after" in line]
+    result.data = {
+        "ceilings": ceilings[0] if ceilings else None,
+        "ceilings_after": after[-1] if after else None,
+        "cases": entries,
+        "not_run": [name for name in everything if name not in {entry["name"] for entry in entries}],
+    }
+    return result
+
+
+def tune(run: Run, end: float) -> Result:
+    small = ["--small", "--geometry", "2/1 d16 fp32"] if run.dry else []
+    done = Job(run, "tune", python("-m", "tts_kernels.cli", "tune", "--out", str(run.results / "tables"), *small)).wait(
+        end
+    )
+    return judge(Result(lines=[line[:200] for line in done.output.splitlines()][-12:]), done, "tune")
+
+
+def models(run: Run, end: float) -> Result:
+    """Whole-model runs: benchmarks/gpu/models.py, once it is there."""
+    if importlib.util.find_spec("benchmarks.gpu.models") is None:
+        return Result("skipped", ["benchmarks/gpu/models.py is not written yet"])
+    out = WORK / "models.json"
+    out.unlink(missing_ok=True)
+    dry = ["--dry"] if run.dry else []
+    done = Job(run, "models", python("-m", "benchmarks.gpu.models", "--out", str(out), *dry)).wait(end)
+    result = judge(Result(lines=[line[:200] for line in done.output.splitlines()][-8:]), done, "models")
+    if out.exists():
+        result.data = json.loads(out.read_text())
+    return result
+
+
+STAGES = (
+    Stage("build", 40, build, "the native module; what `tts-kernels doctor` says"),
+    Stage("compile", 120, warm_up, "Triton's kernels and FlashInfer's, side by side"),
+    Stage("test", 100, test, "the tests marked gpu"),
+    Stage("sanitize", 50, sanitize, "each kernel under compute-sanitizer"),
+    Stage("bench", 170, bench, "ceilings, our ops and their peers"),
+    Stage("models", 240, models, "whole-model runs", default=False),
+    Stage("tune", 400, tune, "tts-kernels tune; tables go to RESULTS/tables", default=False),
+)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Whole lines of JSON; the last may have been cut off."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found

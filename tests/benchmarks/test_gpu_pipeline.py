@@ -1,0 +1,204 @@
+"""`make gpu` on a CPU: the whole pipeline in its dry run; a planted wrong result, a case that takes its process down
+and a stage that fails are named, hide nothing else, and make the exit status 1."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # plain `pytest` does not have it
+
+pytest.importorskip("tts_kernels.measure.compiling", exc_type=ImportError)
+from benchmarks.gpu import __main__ as pipeline  # noqa: E402
+from benchmarks.gpu import cases, page, record, report, stages  # noqa: E402
+from benchmarks.gpu.bench import all_cases  # noqa: E402
+
+STAR = "4/2 d16 fp32 star n=3 prefix=32 suffix=20"
+IN_BENCH = "import sys\nif 'benchmarks.gpu.bench' in sys.orig_argv:\n"
+WRONG_OP = """
+    from tts_kernels.attention import api
+
+    right = api.tree_attention
+
+    def tree_attention(q, *arguments, backend=None, **options):
+        out = right(q, *arguments, backend=backend, **options)
+        if backend is None and q.shape[0] == 3:
+            out[-1, 0, 0] *= 1.5
+        return out
+
+    api.tree_attention = tree_attention
+"""
+CRASH = """
+    import os
+    from benchmarks.peers import unshared
+
+    prepare = unshared.prepare
+
+    def crash(inputs):
+        if inputs.q.shape[0] == 3:
+            print("gone", flush=True)
+            os._exit(77)
+        return prepare(inputs)
+
+    unshared.prepare = crash
+"""
+
+
+def run(folder, *arguments, plant=""):
+    if plant:
+        (folder / "sitecustomize.py").write_text(IN_BENCH + plant)
+    path = os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--results", str(folder / "results"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    found = list((folder / "results").glob("*/*.json"))
+    return done, json.loads(found[0].read_text()) if found else None
+
+
+def by_name(written):
+    return {entry["name"]: entry for entry in record.cases(written)}
+
+
+def short_table(done):
+    return done.stdout[done.stdout.index("cpu, dry run, commit") :].splitlines()
+
+
+def test_the_whole_pipeline(tmp_path):
+    done, written = run(tmp_path, "--stages", "build compile test sanitize bench models")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record.check(written)
+    status = {name: stage["status"] for name, stage in written["stages"].items()}
+    assert status.pop("models") in ("passed", "skipped")
+    assert set(status.values()) == {"passed"} and list(status) == ["build", "compile", "test", "sanitize", "bench"]
+    assert "2 Triton kernels for sm_90" in written["stages"]["compile"]["lines"][0]
+    assert written["stages"]["test"]["counts"]["passed"] > 3
+
+    entries = by_name(written)
+    assert set(entries) == {case.name for case in all_cases(cases.grid("dry"), "cpu")}
+    ours = entries[STAR]["methods"]["ours"]
+    token, rows = 2 * 2 * 16 * 4, 3 * 4 * 16 * 4
+    assert entries[STAR]["least_bytes"] == (32 + 3 * 20) * token + 2 * rows
+    assert entries[STAR]["flops"] == 4 * 4 * 16 * 3 * 52
+    assert ours["bytes_moved"] >= entries[STAR]["least_bytes"] and ours["cold"]["samples"] == 2
+    assert ours["of_floor"] == entries[STAR]["floor_s"] / ours["cold"]["median"]
+    assert set(entries[STAR]["methods"]) >= {"ours", "two-pass flash", "sdpa flash", "ours, not shared"}
+    # A peer that is missing is named, and fatal to nothing.
+    assert entries[STAR]["missing"]["flashinfer cascade"] == "FlashInfer is not installed"
+    table = short_table(done)
+    assert (
+        len(table) <= report.MOST_LINES and "no flashinfer cascade fa2: FlashInfer is not installed (5 cases)" in table
+    )
+    assert done.stdout.splitlines()[-1].startswith("wrote ")
+
+    made = page.pages(tmp_path / "results")
+    text = made[tmp_path / "results" / "README.md"].decode()
+    assert "## NVIDIA H200\n\nNot yet measured." in text and f"| {STAR} | " in text and "Where sharing pays" in text
+
+
+def test_a_wrong_result_has_no_time(tmp_path):
+    done, written = run(tmp_path, "--stages", "bench", plant=WRONG_OP)
+    assert done.returncode == 1
+    entries = by_name(written)
+    assert entries[STAR]["status"] == "wrong" and entries[STAR]["methods"] == {}
+    assert re.match(r"error 0\.\d+, allowed", entries[STAR]["wrong"]["ours"])
+    # "ours, not shared" of the other cases is right, and so are they.
+    assert all(e["status"] == "ok" and "ours" in e["methods"] for name, e in entries.items() if name != STAR)
+    table = "\n".join(short_table(done))
+    assert f"wrong result: ours, {STAR}" in table and re.search(r"^decode +1 +0 +- +- +- +-$", table, re.MULTILINE)
+    assert written["stages"]["bench"]["status"] == "failed"
+    record.check(written)
+
+
+def test_a_crash_hides_nothing(tmp_path):
+    done, written = run(tmp_path, "--stages", "bench", plant=CRASH)
+    assert done.returncode == 1
+    entries = by_name(written)
+    assert len(entries) == len(all_cases(cases.grid("dry"), "cpu")) and not written["stages"]["bench"]["not_run"]
+    assert list(entries[STAR]["methods"]) == ["ours"]  # again, without peers
+    assert entries[STAR]["missing"]["peers"] == "one took the process down: gone"
+    assert f"crashed in {STAR}" in written["stages"]["bench"]["lines"][0]
+    assert all(len(e["methods"]) > 1 for name, e in entries.items() if name != STAR)
+    record.check(written)
+
+
+def test_a_run_that_is_out_of_time_says_what_is_missing(tmp_path):
+    done, written = run(tmp_path, "--stages", "bench", "--budget", "bench=0.5")
+    assert done.returncode == 1
+    assert written["stages"]["bench"]["status"] == "timed out" and len(written["stages"]["bench"]["not_run"]) == 8
+    assert "out of time: 8 cases not run" in done.stdout
+
+
+def test_bad_arguments(tmp_path):
+    done, written = run(tmp_path, "--stages", "bench dance")
+    assert done.returncode == 2 and "got dance" in done.stderr and written is None
+    done, _ = run(tmp_path, "--budget", "bench=long")
+    assert done.returncode == 2 and "expected STAGE=SECONDS, got 'bench=long'" in done.stderr
+
+
+def test_a_stage_that_raises_is_a_failed_stage(tmp_path):
+    def broken(run, end):
+        raise OSError("no such thing")
+
+    got = pipeline.perform(stages.Stage("x", 5, broken, "breaks"), stages.Run(True, "dry", tmp_path), 5)
+    assert got["status"] == "failed" and got["lines"] == ["OSError: no such thing"] and got["budget_s"] == 5
+
+
+def test_a_job_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "WORK", tmp_path)
+    child = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'input()'] + [])"
+    run = stages.Run(True, "dry", tmp_path)
+    job = stages.Job(run, "slow", [sys.executable, "-c", child.replace("input()", "import time; time.sleep(60)")])
+    start = time.monotonic()
+    done = job.wait(start + 3)
+    assert done.timed_out and time.monotonic() - start < 30
+    result = stages.judge(stages.Result(), done, "slow")
+    assert result.status == "timed out" and result.lines == ["slow: ran out of its time"]
+
+
+def test_shards_together_run_every_test_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "WORK", tmp_path)
+    monkeypatch.setattr(stages, "ROOT", ROOT)
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(5))\ndef test_it(i):\n    assert i != 3, 'three'\n"
+    )
+    original = stages.Job
+
+    def here(run, name, command, **environment):
+        return original(run, name, [*command[:-1], str(tmp_path / "test_it.py")], **environment)
+
+    monkeypatch.setattr(stages, "Job", here)
+    result = stages.test(stages.Run(True, "dry", tmp_path), time.monotonic() + 120)
+    assert result.status == "failed" and result.data["counts"] == {"passed": 4, "failed": 1, "skipped": 0}
+    assert result.lines[0] == "4 passed, 1 failed, 0 skipped in 2 shards" and "three" in result.lines[1]
+
+
+def test_the_page_is_that_of_the_records():
+    for path, content in page.pages(record.RESULTS).items():
+        if path.suffix == ".md":
+            assert path.read_bytes() == content, "python -m benchmarks.gpu.page"
+
+
+@pytest.mark.parametrize("name", ["full", "dry"])
+def test_grids(name):
+    """Every group says why; names tell cases apart; an input set and its tables fit a GPU of 80 GB."""
+    chosen = cases.grid(name)
+    every = all_cases(chosen, "cuda")
+    assert len({case.name for case in every}) == len(every)
+    assert all(len(group["reason"]) > 15 for group in chosen["attention"] + chosen["scoring"])
+    assert all(case.least_bytes < 10e9 and case.flops > 0 for case in every)
+    trees = [case for case in every if case.op == "tree_attention"]
+    assert all(case.whole_pages for case in trees)
+    if name == "full":
+        assert {case.tree.num_rows for case in trees} >= {1, 2, 4, 8, 16, 32, 64, 128, 256}
+        assert {case.params.get("prefix") for case in trees} >= {128, 256, 512, 2048, 8192, 16384, 32768}
+        assert {case.params.get("suffix") for case in trees} >= {64, 256, 1024, 4096, 16384}
+        assert {str(case.geometry) for case in trees} >= {
+            "28/4 d128", "32/8 d128", "40/8 d128", "64/8 d128", "16/1 d128", "32/8 d64", "16/8 d256",
+        }  # fmt: skip
+    with pytest.raises(ValueError, match="grid: expected one of full, dry, got 'big'"):
+        cases.grid("big")
