@@ -39,17 +39,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _cost(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from .cost import commands
+    from .cost import command
 
-    commands.add_cost_arguments(parser)
-    return commands.cost
+    command.add_arguments(parser)
+    return command.main
 
 
 def _economics(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from .cost import commands
+    from .cost import economics_command
 
-    commands.add_economics_arguments(parser)
-    return commands.economics
+    economics_command.add_arguments(parser)
+    return economics_command.main
 
 
 def _demo(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

@@ -69,8 +69,6 @@ class Account:
         self.bandwidth = hardware.bandwidth * rates.bandwidth
         self.compute = hardware.bf16_flops * rates.compute
         self.prefill_rate = hardware.bf16_flops * rates.prefill
-        # From so many rows on a pass takes as long to compute as to read its weights: what a busy server fills it to.
-        self.filled = model.body_weights * element / self.bandwidth * self.compute / (2 * model.active_body_weights)
         self.flops, self.bytes, self.seconds = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
         self.kv_byte_seconds = self.peak_kv_bytes = 0.0
 
@@ -82,6 +80,14 @@ class Account:
         self.bytes[part] += moved * times
         self.seconds[part] += seconds * times
         return seconds
+
+    def filled(self, model: ModelShape, tokens: float) -> float:
+        """Rows of the pass that so many tokens are part of: they alone, or on a saturated device at least as many as
+        take as long to compute as the weights to read."""
+        if not self.saturated:
+            return tokens
+        read = model.body_weights * self.element / self.bandwidth
+        return max(tokens, read * self.compute / (2 * model.active_body_weights))
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -172,7 +178,7 @@ class Account:
         """Steps in which the weights are read once for all rows, each of which computes `flops` and moves `moved`. The
         part is charged what its rows cost in a full pass; the rest of the step is straggler idle. On a saturated device
         other queries fill the pass, and nothing idles. Returns the seconds of a step."""
-        full = max(full, self.filled) if self.saturated else full
+        full = self.filled(self.model, full)
         share = rows / full
         read = weights(full) * self.element
         seconds = self.add(part, flops * rows, (read + moved * full) * share, steps)
@@ -186,7 +192,7 @@ class Account:
 
     def pass_weights(self, model: ModelShape, tokens: int) -> float:
         """Bytes of the layers' weights that a forward over so many tokens is charged."""
-        full = max(tokens, self.filled) if self.saturated else tokens
+        full = self.filled(model, tokens)
         return model.touched_body_weights(full) * self.element * tokens / full
 
     # --- verification -----------------------------------------------------------------------------------------------

@@ -62,6 +62,12 @@ class Scenario:
         version = check_int("version", data.get("version", 1), 1)
         return cls(data["id"], data["name"], version, data.get("title", ""), model, workload, data.get("note", ""))
 
+    def with_n(self, n: int) -> Scenario:
+        """The same with n candidates, of which a search keeps the same share."""
+        work = self.workload
+        keep = None if work.keep is None else max(1, work.keep * n // work.n)
+        return dataclasses.replace(self, workload=dataclasses.replace(work, n=n, keep=keep))
+
 
 def scenarios() -> list[Scenario]:
     """Those that come with the package, by id."""

@@ -1,0 +1,203 @@
+"""The command `tts-kernels cost`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from .account import Efficiency
+from .checks import fail
+from .hardware import Hardware
+from .options import (
+    add_common_arguments,
+    add_examples,
+    add_trace_arguments,
+    amount_of,
+    check_output,
+    curves_of,
+    device_of,
+    finite,
+    model_named,
+    money_regime,
+    price_of,
+    regimes_of,
+    write_json,
+)
+from .query import SHARINGS
+from .scenario import Scenario, scenarios
+from .table import caption, costs_of, markdown, part_table, scenario_table, summary_table
+from .traces import METHODS, Traces, best_n
+from .workload import SEARCHES, VERIFIERS, Lognormal, Workload
+
+EXAMPLES = """examples:
+  tts-kernels cost --scenario all --hardware h200
+  tts-kernels cost --scenario D --hardware b200 --price '2 USD'
+  tts-kernels cost --model qwen3-8b --n 32 --prompt 8192 --suffix 512 --hardware h100
+  tts-kernels cost --traces samples.jsonl --model qwen3-8b --hardware h200 --price '2 USD' --value '0.05 USD'
+"""
+EXTRA = ("trunk", "cv", "cap", "search", "keep", "steps", "verifier", "verifier_model")  # of a workload of one's own
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_examples(parser, EXAMPLES)
+    add = parser.add_argument
+    add("--scenario", metavar="NAME", help="all, an id or name (A, longctx-bon), or a JSON file; default: all, unless "
+        "a workload or traces are given")  # fmt: skip
+    add("--model", metavar="NAME", help="a preset, or the path of a transformers config.json: in place of a "
+        "scenario's, or of a workload's of your own")  # fmt: skip
+    add("--n", type=int, help="candidates: of your own workload, or in place of a scenario's")
+    add("--prompt", type=int, help="tokens of the prompt")
+    add("--trunk", type=int, help="tokens decoded once before the candidates fork (default 0)")
+    add("--suffix", type=int, help="tokens of each candidate; their mean where --cv is given")
+    add("--cv", type=float, help="coefficient of variation of lognormal suffixes")
+    add("--cap", type=int, help="longest suffix of these")
+    add("--search", choices=SEARCHES, help="default best_of_n")
+    add("--keep", type=int, help="candidates that a search keeps")
+    add("--steps", type=int, help="steps of a candidate (default 1)")
+    add("--verifier", choices=VERIFIERS, help="default none; with traces that are chosen among by score prm")
+    add("--verifier-model", metavar="NAME", help="a preset or config.json (default: as the policy)")
+    add_common_arguments(parser)
+    add("--sharing", choices=[*SHARINGS, "all"], default="all", help="policies to print for one workload")
+    add("--watts", type=float, help="mean power of the device, for joules")
+    add_trace_arguments(parser)
+    add("--value", metavar="MONEY", help="of a solved query: prints the N that is worth most")
+    add("--json", metavar="FILE", type=Path, help="write all figures to FILE")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print what queries cost. Exit status 0."""
+    check_output(args.json)
+    hardware, efficiency = device_of(args)
+    if args.traces:
+        figures = _print_traces(args, hardware, efficiency)
+    else:
+        chosen = _chosen(args)
+        figures = (_print_scenarios if len(chosen) > 1 else _print_one)(args, chosen, hardware, efficiency)
+    write_json(args.json, figures)
+    return 0
+
+
+def _chosen(args: argparse.Namespace) -> list[Scenario]:
+    """The scenarios asked for, or the one made of the arguments."""
+    own = args.prompt is not None or args.suffix is not None
+    if args.scenario and own:
+        fail("--scenario", "none beside --prompt and --suffix", args.scenario)
+    extra = {name: getattr(args, name) for name in EXTRA if getattr(args, name) is not None}
+    if not own:
+        for name, value in extra.items():
+            fail("--" + name.replace("_", "-"), "none without a workload of --prompt and --suffix", value)
+        name = args.scenario or "all"
+        found = scenarios() if name == "all" else [Scenario.load(name)]
+        if args.model:
+            found = [dataclasses.replace(s, model=model_named(args.model)) for s in found]
+        return [s.with_n(args.n) for s in found] if args.n else found
+    for name in ("model", "n", "prompt", "suffix"):
+        if getattr(args, name) is None:
+            fail(f"--{name}", "a value, as --model, --n, --prompt and --suffix make a workload", "none")
+    cv, cap = extra.pop("cv", None), extra.pop("cap", None)
+    suffix = args.suffix if cv is None else Lognormal(args.suffix, cv, cap)
+    if "verifier_model" in extra:
+        extra["verifier_model"] = model_named(extra["verifier_model"])
+    work = Workload(args.n, args.prompt, suffix, name="your own workload", **extra)
+    return [Scenario("", work.name, 1, "", model_named(args.model), work)]
+
+
+def _print_scenarios(
+    args: argparse.Namespace, chosen: list[Scenario], hardware: Hardware, efficiency: Efficiency
+) -> list:
+    if args.sharing != "all":
+        fail("--sharing", "all where several scenarios are printed", args.sharing)
+    figures = []
+    for regime in regimes_of(args, ("isolated", "saturated")):
+        costs = {
+            f"{s.id} {s.name}": costs_of(s, hardware, regime, efficiency, price=args.price, watts=args.watts)
+            for s in chosen
+        }
+        print(caption(hardware, regime, efficiency, _kind(costs.values())) + "\n")
+        print(scenario_table(costs) + "\n")
+        figures += [cost.to_dict() for of in costs.values() for cost in of.values()]
+    for scenario in chosen:
+        print(f"{scenario.id:3} v{scenario.version}  {scenario.title}, {scenario.model.name}. {scenario.note}".rstrip())
+    print(
+        "\nV0 copies the prompt per candidate, V1 stores it once and reads it for each, V2 reads it once per step. "
+        "Compare V2 with V1.\n"
+        "KV bound: N(2P+S)/(2P+NS), towards 1 + 2P/S: what sharing saves of the KV reads at most.\n"
+        "m(N): cost of N candidates and their verifier over that of one, unverified."
+    )
+    return figures
+
+
+def _print_one(args: argparse.Namespace, chosen: list[Scenario], hardware: Hardware, efficiency: Efficiency) -> list:
+    figures, (scenario,) = [], chosen
+    name = f"{scenario.id} {scenario.name}".strip()
+    print(
+        f"{name}, {scenario.model.name}: {_about(scenario.workload)}. {scenario.title} {scenario.note}".rstrip() + "\n"
+    )
+    for regime in regimes_of(args, ("isolated", "saturated")):
+        costs = costs_of(scenario, hardware, regime, efficiency, price=args.price, watts=args.watts)
+        shown = costs if args.sharing == "all" else {args.sharing: costs[args.sharing]}
+        print(caption(hardware, regime, efficiency, _kind([costs])) + "\n")
+        print(part_table(shown) + f"\n(TFLOP and GB: {list(shown)[-1]})\n")
+        print(summary_table(shown) + "\n")
+        figures += [cost.to_dict() for cost in shown.values()]
+    for sharing, text in SHARINGS.items():
+        print(f"{sharing:7} {text}")
+    return figures
+
+
+def _about(work: Workload) -> str:
+    lengths = [length for query in work.suffixes for length in query]
+    return (
+        f"N = {work.n}, prompt {work.prompt}, trunk {work.trunk}, suffixes of {min(lengths)} to {max(lengths)} tokens"
+    )
+
+
+def _kind(costs) -> str:
+    kinds = {cost.figures for of in costs for cost in of.values()}
+    return kinds.pop() if len(kinds) == 1 else "model and measured"
+
+
+def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency) -> list:
+    traces, price = Traces.read(args.traces), price_of(args)
+    if not args.model:
+        fail("--model", "the model that the samples are of", "none")
+    curves = curves_of(args, traces, hardware, efficiency, price)
+    regime = money_regime(args)
+    print(caption(hardware, regime, efficiency, "costs (model)"))
+    print(f"accuracies (of the traces): {args.traces}, {len(traces.questions)} questions; 95% bootstrap over them\n")
+    method, rows, figures = args.method or "best_of_n", [], []
+    shown = [other for other in _shown(traces) if other != method]
+    for paged, tree in zip(curves["paged"], curves["tree"]):
+        found = tree.accuracy
+        others = [traces.accuracy(tree.n, other, aggregate=args.aggregate).value for other in shown]
+        rows.append(
+            [
+                str(tree.n),
+                f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f}){'' if found.exact else ' drawn'}",
+                *(f"{value:.3f}" for value in others),
+                *(f"{x:.3g}" for x in (paged.cost, tree.cost, paged.per_solved, tree.per_solved)),
+            ]
+        )
+        for sharing, point in (("paged", paged), ("tree", tree)):
+            more = {"per_solved": finite(point.per_solved), "currency": price.currency}
+            figures.append({"sharing": sharing, **dataclasses.asdict(point), **more})
+    money = price.currency
+    print(
+        markdown(
+            ("N", f"accuracy, {method}", *shown, f"V1, {money}", f"V2, {money}",
+             f"V1 a solved, {money}", f"V2 a solved, {money}"),
+            rows,
+        )
+    )  # fmt: skip
+    if args.value:
+        value = amount_of("--value", args.value, price)
+        for label, sharing in (("V1", "paged"), ("V2", "tree")):
+            best = best_n(curves[sharing], value)
+            print(f"{label}: at {value:g} {money} a solved query, N = {best.n} is worth most")
+    return figures
+
+
+def _shown(traces: Traces) -> list[str]:
+    answered = all(any(s.answer is not None for s in samples) for samples in traces.questions.values())
+    return list(METHODS) if answered else ["pass", "best_of_n"]

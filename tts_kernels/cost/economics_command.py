@@ -1,0 +1,135 @@
+"""The command `tts-kernels economics`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from .account import Efficiency
+from .checks import check_number, fail
+from .economics import Comparison, cheapest, compare, volume_text
+from .hardware import Hardware
+from .options import (
+    add_common_arguments,
+    add_examples,
+    add_trace_arguments,
+    amount_of,
+    check_output,
+    curves_of,
+    device_of,
+    finite,
+    money_regime,
+    price_of,
+    write_json,
+)
+from .query import Price, query_cost
+from .scenario import Scenario
+from .table import caption, costs_of, markdown, number
+from .traces import Traces
+from .workload import Lognormal, Workload
+
+EXAMPLES = """examples:
+  tts-kernels economics --train-cost '14 USD' --queries 20000 --price '2 USD' --internal A --external B \\
+      --internal-accuracy 0.75 --external-accuracy 0.76
+  tts-kernels economics --train-cost '294000 USD' --queries 1e8 --price '2 USD' --internal A --traces samples.jsonl \\
+      --model qwen3-8b --internal-accuracy 0.8 --plot break-even.svg
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_examples(parser, EXAMPLES)
+    add = parser.add_argument
+    add("--train-cost", metavar="MONEY", required=True, help="of training once, with its currency: '14 USD'")
+    add("--queries", type=float, required=True, help="queries over the life of the model")
+    add("--internal", metavar="SCENARIO", default="A", help="its first candidate alone, unverified, is a query of the "
+        "trained model (default %(default)s)")  # fmt: skip
+    add("--external", metavar="SCENARIO", default="B", help="a query of the sampled side (default %(default)s); traces "
+        "take its place")  # fmt: skip
+    add("--internal-accuracy", type=float, help="of the trained model")
+    add("--external-accuracy", type=float, help="of the sampled side; from the traces where there are any")
+    add_common_arguments(parser)
+    add_trace_arguments(parser)
+    add("--model", metavar="NAME", help="of the traces: a preset or the path of a config.json")
+    add("--prompt", type=int, help="tokens of the prompts, where the traces do not say")
+    add("--plot", metavar="FILE", type=Path, help="total cost against queries, as SVG or PNG")
+    add("--json", metavar="FILE", type=Path, help="write all figures to FILE")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the break-even volume of training against sampling. Exit status 0; a comparison at unequal accuracy is an
+    error."""
+    check_output(args.json)
+    check_output(args.plot)
+    hardware, efficiency = device_of(args)
+    price, regime = price_of(args), money_regime(args)
+    train_cost = amount_of("--train-cost", args.train_cost, price)
+    queries = check_number("--queries", args.queries, least=0)
+    inner = Scenario.load(args.internal).with_n(1)
+    single = query_cost(
+        dataclasses.replace(inner.workload, suffix=_mean(inner.workload), queries=1), inner.model, hardware,
+        regime=regime, efficiency=efficiency, price=price,
+    )  # fmt: skip
+    if args.traces:
+        if args.external_accuracy is not None:
+            fail("--external-accuracy", "none beside --traces, which have their own", args.external_accuracy)
+        accuracy, external, source = _external_of_traces(args, hardware, efficiency, price)
+    else:
+        outer = Scenario.load(args.external)
+        costs = costs_of(outer, hardware, regime, efficiency, price=price)
+        accuracy, external = args.external_accuracy, {s: costs[s].money for s in ("paged", "tree")}
+        source = f"{outer.id} {outer.name}, N = {outer.workload.n}, {outer.model.name}"
+    found = compare(train_cost, single.money, external, internal_accuracy=args.internal_accuracy,
+                    external_accuracy=accuracy, currency=price.currency)  # fmt: skip
+    print(caption(hardware, regime, efficiency, "costs (model)") + f"; {price.amount:g} {price.currency} a GPU hour")
+    print(f"internal: {inner.id} {inner.name}, one candidate, {inner.model.name}; accuracy {found.internal_accuracy:g}")
+    print(f"external: {source}; accuracy {found.external_accuracy:g}, at least as high: costs are compared\n")
+    print(_economics_table(found, queries) + "\n")
+    print(found.sensitivity())
+    if args.plot:
+        found.plot(args.plot, f"costs: model, {hardware.name}, {regime}; external: {source}")
+        print(f"\nplot in {args.plot}")
+    figures = {
+        **dataclasses.asdict(found), "queries": queries, "regime": regime, "hardware": hardware.name,
+        "break_even": {s: finite(found.volume(s)) for s in found.external},
+    }  # fmt: skip
+    write_json(args.json, figures)
+    return 0
+
+
+def _economics_table(found: Comparison, queries: float) -> str:
+    rows = [("internal, trained once", number(found.internal), number(found.total("internal", queries)), "")]
+    for sharing, cost in found.external.items():
+        rows.append(
+            (
+                f"external, {sharing}",
+                number(cost),
+                number(found.total(sharing, queries)),
+                volume_text(found.volume(sharing)),
+            )
+        )
+    header = ("", f"{found.currency} a query", f"{found.currency}, {queries:,.0f} queries", "break-even, queries")
+    best = cheapest(found, queries, ("internal", *found.external))
+    return markdown(header, rows) + f"\nover {queries:,.0f} queries the cheapest is: {best}"
+
+
+def _external_of_traces(
+    args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency, price: Price
+) -> tuple[float, dict[str, float], str]:
+    """The smallest N of the traces that reaches the internal accuracy; the best one where none does."""
+    if not args.model:
+        fail("--model", "the model that the samples are of", "none")
+    curves = curves_of(args, Traces.read(args.traces), hardware, efficiency, price)
+    points = curves["tree"]
+    enough = [i for i, point in enumerate(points) if point.accuracy.value >= (args.internal_accuracy or 0)]
+    index = enough[0] if enough else max(range(len(points)), key=lambda i: points[i].accuracy.value)
+    point = points[index]
+    source = f"{args.traces}, {point.accuracy.method}, N = {point.n}"
+    return point.accuracy.value, {s: curves[s][index].cost for s in curves}, source
+
+
+def _mean(work: Workload) -> int:
+    """Tokens of a candidate on average: what one of them alone is taken to have."""
+    return round(work.suffix.mean) if isinstance(work.suffix, Lognormal) else round(
+        sum(map(sum, work.suffixes)) / work.n / work.queries
+    )  # fmt: skip
