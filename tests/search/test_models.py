@@ -164,6 +164,23 @@ def test_a_verifier_of_whole_answers(policy):
             run(search, policy, outcome)
 
 
+def test_steps_beyond_the_verifiers_context(policy):
+    """Left out by the verifier where it may: then the record holds those that have scores."""
+    short = make_verifier(dataclasses.replace(LINES, context=60), too_long="drop_oldest_steps")
+    with pytest.warns(UserWarning, match="first steps left out"):
+        result = run("best_of_n", policy, short)
+    steps = [LINES.split(c.text) for c in result.candidates]
+    assert all(len(c.steps) == len(c.step_scores) for c in result.candidates)
+    assert [list(c.steps) for c in result.candidates] == [
+        s[len(s) - len(c.steps) :] for s, c in zip(steps, result.candidates)
+    ]
+    assert any(len(c.steps) < len(s) for s, c in zip(steps, result.candidates))
+    with pytest.raises(
+        ValueError, match=r"^steps\[\d+\]: expected a path of at most 60 tokens, the context of the model"
+    ):
+        run("beam_search", policy, short, depth=8)
+
+
 def test_a_full_policy_tree_leaves_nothing_behind(verifier):
     policy = models.policy(page_size=4, max_tokens=160)
     with pytest.raises(RuntimeError, match=r"^max_tokens: expected room for all that is sampled at once, got 160"):

@@ -1,6 +1,6 @@
 """Policy against stock `generate`, and its own promises: what is stored, computed, given back and refused.
 
-The models are tiny and seeded; page_size 4 and ROOM 3 make leaves take pages and plans be rebuilt often.
+The models are tiny and seeded; page_size 4 and, in `room`, ROOM 3 make leaves take pages and plans be rebuilt often.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=[None, 3], ids=["room", "room3"])
-def room(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(module, "ROOM", request.param)
+@pytest.fixture
+def room(monkeypatch):
+    monkeypatch.setattr(module, "ROOM", 3)
 
 
 def stock(policy, model_name, new_tokens, **settings) -> list[list[int]]:
@@ -39,7 +38,8 @@ def stock(policy, model_name, new_tokens, **settings) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_equals_stock(name, room):
+@pytest.mark.usefixtures("room")
+def test_greedy_equals_stock(name):
     policy = models.policy(name, page_size=4)
     root = policy.start(PROMPT)
     expected = stock(policy, name, 23, do_sample=False)[0]
@@ -58,9 +58,9 @@ def test_greedy_equals_stock(name, room):
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.7}, {"top_k": 7}, {"temperature": 1.3, "top_k": 30, "top_p": 0.8}]
 )
-def test_samples_equal_stock(settings, room):
+def test_samples_equal_stock(settings):
     """Draws of N rows at a time from the same seed."""
-    policy = models.policy(page_size=4)
+    policy = models.policy()
     root = policy.start(PROMPT)
     expected = stock(policy, "qwen2", 17, do_sample=True, num_return_sequences=6, **{"top_k": 0, **settings})
     torch.manual_seed(5)
@@ -72,7 +72,8 @@ def test_samples_equal_stock(settings, room):
     assert [list(step.ids) for step in again] == expected
 
 
-def test_stop_strings(room):
+@pytest.mark.usefixtures("room")
+def test_stop_strings():
     policy = models.policy(page_size=4, ends=True)
     root = policy.start(PROMPT)
     stops = ["\n\n", "\n", "ab", "b", "3x"]
@@ -105,6 +106,19 @@ def test_stop_strings_across_tokens(tokens, stop, text, monkeypatch):
     monkeypatch.setattr(module, "_sampler", lambda *args: lambda logits: [next(script)])
     (step,) = policy.sample_steps([policy.start([7, 8])], stop=stop)
     assert (step.text, len(step.ids), step.reason) == (text, len(tokens), "stop")
+
+
+@pytest.mark.usefixtures("room")
+def test_several_parents_at_once():
+    """Each goes on from its own tokens, in the order in which they are named."""
+    policy = models.policy(page_size=4)
+    roots = [policy.start(prompt) for prompt in (PROMPT, "Another one", "?")]
+    steps = policy.sample_steps(roots, stop=None, max_new_tokens=6, temperature=0)
+    nodes = [steps[2].node, roots[1], steps[0].node, steps[2].node]
+    alone = [policy.sample_steps([node], stop=None, max_new_tokens=7, temperature=0)[0].ids for node in nodes]
+    together = policy.sample_steps(nodes, n=2, stop=None, max_new_tokens=7, temperature=0)
+    assert [step.ids for step in together] == [ids for ids in alone for _ in range(2)]
+    assert len(set(alone)) == 3 and alone[1][:6] == steps[1].ids
 
 
 @pytest.mark.parametrize("tokenizer", [models.characters, models.words])
@@ -188,6 +202,15 @@ def test_a_full_tree():
     # what is left is used to the last page, though no room for ROOM tokens is left
     policy.sample_steps([step.node], stop=None, max_new_tokens=4 * policy.kv.free_pages + 1)
     assert policy.kv.free_pages == 0
+
+
+def test_pages_are_not_asked_for_before_they_are_needed(monkeypatch):
+    """The pages left hold the step, though not what it might have become."""
+    policy = models.policy(page_size=4, max_tokens=24)
+    script = iter([20] * 11 + [2])  # then two line breaks
+    monkeypatch.setattr(module, "_sampler", lambda *args: lambda logits: [next(script)])
+    (step,) = policy.sample_steps([policy.start([7] * 12)], max_new_tokens=2048)
+    assert len(step.ids) == 12 and step.reason == "stop" and policy.kv.free_pages == 0
 
 
 def test_an_error_in_the_model_leaves_the_parents_usable(monkeypatch):

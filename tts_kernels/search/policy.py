@@ -222,7 +222,7 @@ class Policy:
                     reasons[i] = "eos"
                 elif len(tokens[i]) == room[i]:  # before the stop strings: nothing can follow
                     reasons[i] = "length"
-                elif stops and any(stop in self._decode(tokens[i][-window:]) for stop in stops):
+                elif stops and self._stopped(tokens[i][-window:], stops):
                     reasons[i] = "stop"
                 elif len(tokens[i]) == max_new_tokens:
                     reasons[i] = "length"
@@ -242,6 +242,10 @@ class Policy:
             going = still
             logits = self._logits(self._compute(rows, [tokens[i][-1] for i in going], plan=plan))
         return tokens, reasons
+
+    def _stopped(self, tail: list[int], stops: tuple[str, ...]) -> bool:
+        text = self._decode(tail)
+        return any(stop in text for stop in stops)
 
     def _step(self, parent: int, leaf: int, ids: list[int], reason: str) -> Step:
         before = self._tips[parent]
