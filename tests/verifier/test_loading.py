@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import verifier_checkpoints as checkpoints
 import verifier_published as published
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
 from tts_kernels.scoring import ScoreHead
 from tts_kernels.verifier.implicit import ImplicitHead
@@ -174,6 +175,16 @@ def test_a_candidate_that_is_no_token(checkpoint):
     head = dataclasses.replace(RECIPES["rlhflow"].head, candidates=("right", "-"))
     with pytest.raises(ValueError, match=r"^tokenizer: expected one with a token for 'right', got \d tokens$"):
         load(checkpoint("rlhflow"), dataclasses.replace(RECIPES["rlhflow"], head=head))
+
+
+def test_a_tokenizer_that_loses_spaces(checkpoint):
+    """ " Yes" and "Yes" are two rows: as a tokenizer loaded under another one's class takes one for the other."""
+    path = checkpoint("thinkprm")
+    tokenizer = load_family("thinkprm", path).tokenizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    yes = dataclasses.replace(RECIPES["thinkprm"].head, candidates=(" +", " -"))
+    with pytest.raises(ValueError, match=r"^tokenizer: expected one with a token for ' \+', got '\+'$"):
+        make_head(dataclasses.replace(RECIPES["thinkprm"], head=yes), Tensors(path), tokenizer)
 
 
 def test_folders(checkpoint, tmp_path):

@@ -322,6 +322,12 @@ def test_the_step_that_a_tokenizer_does_not_keep_apart_is_named(tokenizer):
             RECIPES["trl"].encode(tokenizer("trl"), "Q", ["a", "b", step])
 
 
+def test_eurus_prm_without_a_last_step(tokenizer):
+    """Tokenised anew, an empty step ends in front of the one before it."""
+    with pytest.raises(ValueError, match=r"^steps\[1\]: expected text that ends behind the step before it"):
+        RECIPES["eurus-prm"].encode(tokenizer("eurus-prm"), "Q", ["a.", ""])
+
+
 def test_judgement_is_asked_for_once(tokenizer):
     recipe, tokenizer = RECIPES["thinkprm"], tokenizer("thinkprm")
     answered = "No.\nIs the solution correct? Yes\nIs the solution correct? No"

@@ -248,7 +248,8 @@ class Reencoded:
 
     p[k] + 1 lies one token behind the separator that ends step k; two where the tokenizer merges the separator with
     what stands before it, as byte-level ones do with ".\n\n". So inner scores look at the start of the next step: no
-    session can extend these. The last step ends with the turn's end token; p[0] is the last token of the prompt.
+    session can extend these, and positions may be equal. The last step ends with the turn's end token; p[0] is the last
+    token of the prompt.
     """
 
     separator: str
@@ -270,7 +271,7 @@ class Reencoded:
         ]
         ids = plain_ids(tokenizer, text)
         for k, end in enumerate(ends):
-            if not (ends[k - 1] if k else response) <= end + 1 < len(ids):
+            if not (ends[k - 1] if k else response) <= end < len(ids) - 1:
                 fail(
                     f"steps[{k}]", "text that ends behind the step before it when it is tokenised anew", repr(steps[k])
                 )

@@ -248,4 +248,7 @@ def candidate_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) != 1:
         fail("tokenizer", f"one with a token for {text!r}", f"{len(ids)} tokens")
+    shown = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if shown != text:  # a tokenizer loaded as the wrong class can lose spaces
+        fail("tokenizer", f"one with a token for {text!r}", f"{shown!r}")
     return ids[0]
