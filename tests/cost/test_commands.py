@@ -162,6 +162,7 @@ def test_economics_of_traces(capsys, traces):
         (("cost", "--n", "-4", *OWN), "n: expected at least 1, got -4"),
         (("cost", "--n", "4", *OWN, "--prompt", "50000"), "40960 tokens, the limit"),
         (("cost", "--scenario", "A", "--verifier", "none"), "--verifier: expected none without a workload"),
+        (("cost", "--scenario", "A", "--n", "0"), "n: expected at least 1, got 0"),
         (("cost", "--sharing", "tree"), "--sharing: expected all where several"),
         (("cost", "--efficiency", "0.5"), "--efficiency: expected three numbers such as 0.8,0.6,0.5, got 0.5"),
         (("cost", "--efficiency", "1,2,1"), "compute: expected at most 1, got 2"),

@@ -91,7 +91,7 @@ def _chosen(args: argparse.Namespace) -> list[Scenario]:
         found = scenarios() if name == "all" else [Scenario.load(name)]
         if args.model:
             found = [dataclasses.replace(s, model=model_named(args.model)) for s in found]
-        return [s.with_n(args.n) for s in found] if args.n else found
+        return found if args.n is None else [s.with_n(args.n) for s in found]
     for name in ("model", "n", "prompt", "suffix"):
         if getattr(args, name) is None:
             fail(f"--{name}", "a value, as --model, --n, --prompt and --suffix make a workload", "none")
