@@ -33,22 +33,26 @@ TTS_INLINE float row_scale(const Matrix& from, int64_t begin, int64_t dim, float
   return 1.0f / __builtin_sqrtf(total / float(dim) + eps);
 }
 
+// Row by row within a few cache lines of the tile: they stay in the L1 while lane after lane is filled.
 void pack_tile(const Matrix& from, const int64_t* rows, int64_t first, int count, int64_t dim, const float* norm_weight,
                float norm_eps, float* tile) {
-  float buffer[64];
-  for (int i = 0; i < kRowLanes; ++i) {
-    if (i >= count) {
-      for (int64_t d = 0; d < dim; ++d) tile[d * kRowLanes + i] = 0.0f;
-      continue;
-    }
-    const int64_t begin = (rows ? rows[i] : first + i) * from.row;
-    const float scale = norm_weight ? row_scale(from, begin, dim, norm_eps) : 1.0f;
-    for (int64_t d = 0; d < dim; d += 64) {
-      const int part = int(dim - d < 64 ? dim - d : 64);
-      widen_row(from.dtype, buffer, from.data, begin + d, part);
+  float buffer[64], scale[kRowLanes];
+  int64_t begin[kRowLanes];
+  for (int i = 0; i < count; ++i) {
+    begin[i] = (rows ? rows[i] : first + i) * from.row;
+    scale[i] = norm_weight ? row_scale(from, begin[i], dim, norm_eps) : 1.0f;
+  }
+  for (int64_t d = 0; d < dim; d += 64) {
+    const int part = int(dim - d < 64 ? dim - d : 64);
+    for (int i = 0; i < kRowLanes; ++i) {
       float* to = tile + d * kRowLanes + i;
+      if (i >= count) {
+        for (int j = 0; j < part; ++j) to[j * kRowLanes] = 0.0f;
+        continue;
+      }
+      widen_row(from.dtype, buffer, from.data, begin[i] + d, part);
       if (norm_weight)
-        for (int j = 0; j < part; ++j) to[j * kRowLanes] = buffer[j] * scale * norm_weight[d + j];
+        for (int j = 0; j < part; ++j) to[j * kRowLanes] = buffer[j] * scale[i] * norm_weight[d + j];
       else
         for (int j = 0; j < part; ++j) to[j * kRowLanes] = buffer[j];
     }
