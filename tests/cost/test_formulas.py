@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tts_kernels.cost import (
@@ -35,6 +35,7 @@ def test_kv_saving_by_hand(prefix, suffix, printed):
     assert f"{kv_saving(64, prefix, suffix):.2f}" == printed
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4096), st.integers(0, 10**6), st.integers(1, 10**6))
 def test_kv_saving_bounds(n, prefix, suffix):
     ratio = kv_saving(n, prefix, suffix)
@@ -144,6 +145,7 @@ def test_break_even():
     assert break_even(0, 2, 1) == 0
 
 
+@settings(deadline=None)
 @given(*[st.floats(0.001, 1e6)] * 3, st.floats(1, 100))
 def test_at_break_even_both_sides_cost_the_same(train, external, internal, speedup):
     queries = break_even(train, external, internal, speedup)
@@ -157,6 +159,7 @@ def test_at_break_even_both_sides_cost_the_same(train, external, internal, speed
 # --- estimators -----------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
 def test_pass_at_k(case):
     n, c, k = case
@@ -167,6 +170,7 @@ def test_pass_at_k(case):
 SCORES = st.one_of(st.sampled_from([0.0, 0.5, 1.0, math.nan]), st.floats(-3, 3))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SCORES, st.booleans()), min_size=1, max_size=8), st.data())
 def test_best_of_k(samples, data):
     scores, correct = zip(*samples)

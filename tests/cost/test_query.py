@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from cost_cases import DENSE, DEVICE, MODELS, every, pass_seconds, workloads
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tts_kernels.cost import PARTS, Efficiency, Lognormal, ModelShape, Price, Workload, kv_saving, query_cost
@@ -17,6 +17,7 @@ from tts_kernels.cost.table import part_table
 # --- laws -----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(**every)
 def test_parts_sum_to_the_whole(work, model, regime, efficiency):
     for sharing in SHARINGS:
@@ -31,6 +32,7 @@ def test_parts_sum_to_the_whole(work, model, regime, efficiency):
         assert cost.decode_seconds == sum(cost.parts[name].seconds for name in DECODE)
 
 
+@settings(deadline=None)
 @given(**every)
 def test_tree_is_at_most_paged_is_at_most_copies(work, model, regime, efficiency):
     """In time, bytes, FLOPs and memory, part by part; the two parts of a verifier's pass, which reads its weights once
@@ -50,6 +52,7 @@ def test_tree_is_at_most_paged_is_at_most_copies(work, model, regime, efficiency
         assert less.kv_byte_seconds <= more.kv_byte_seconds * close
 
 
+@settings(deadline=None)
 @given(**every)
 def test_one_candidate_shares_nothing(work, model, regime, efficiency):
     changes = {"n": 1, "keep": None if work.keep is None else 1}
@@ -63,6 +66,7 @@ def test_one_candidate_shares_nothing(work, model, regime, efficiency):
     assert costs[2].m == 1 and costs[2].marginal_seconds == costs[2].seconds and costs[2].fit == (0, costs[2].seconds)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(0, 5000), st.lists(st.integers(1, 4000), min_size=1, max_size=12))
 def test_kv_reads_save_at_most_the_bound(n, prefix, some):
     """N(2P+S)/(2P+NS): reached, with S + 1 for S as sums of t are, by equal lengths; never exceeded by others."""
@@ -78,6 +82,7 @@ def test_kv_reads_save_at_most_the_bound(n, prefix, some):
     assert saved(Workload(len(some), prefix, tuple(some))) <= kv_saving(len(some), prefix, mean) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(**every)
 def test_saturated_is_never_dearer(work, model, regime, efficiency):
     for sharing in SHARINGS:
@@ -251,6 +256,7 @@ def test_lengths_that_vary():
     assert cost.parts["straggler_idle"].seconds > 0 and 1 < cost.m < 64
 
 
+@settings(deadline=None)
 @given(workloads(), st.sampled_from(list(SHARINGS)), st.sampled_from(list(MODELS.values())))
 def test_in_fp32(work, sharing, model):
     """Every byte but those of logits is twice as many; FLOPs and tokens are the same."""

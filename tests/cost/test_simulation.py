@@ -56,7 +56,7 @@ def simulate(work: Workload, model: ModelShape, sharing: str) -> dict[str, float
     return totals
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(workloads(), st.sampled_from(list(SHARINGS)), st.sampled_from(list(MODELS.values())))
 def test_as_simulated(work, sharing, model):
     """KV reads, attention FLOPs, weights and memory of the decode steps, to the byte."""
@@ -78,7 +78,7 @@ def test_as_simulated(work, sharing, model):
         assert tokens == pytest.approx(2 * model.body_weights * seen["steps"] + kappa * seen["rows"] + logits + head)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(workloads(), st.sampled_from(list(SHARINGS)), st.sampled_from(list(REGIMES)))
 def test_seconds_as_simulated(work, sharing, regime):
     """Ceilings step by step, and the KV that lies there meanwhile: of best-of-n and trunk, dense."""
@@ -121,3 +121,18 @@ def _step(rows, t, forked, a, kappa, rate, bandwidth, sharing):
     seconds = max(a * prefix / rate, kappa * read / bandwidth)
     seconds += max(a * len(rows) * t / rate, kappa * len(rows) * t / bandwidth)
     return seconds, kappa * ((prefix if sharing == "copies" else distinct) + len(rows) * t)
+
+
+@settings(deadline=None)
+@given(workloads(), st.sampled_from(list(SHARINGS)))
+def test_prefill(work, sharing):
+    """Prompts once, or once per candidate; their keys see what came before; KV written and read; weights once."""
+    part = query_cost(work, DENSE, DEVICE, sharing=sharing).parts["prefill_prefix"]
+    prompts = [length for length in work.prompts for _ in range(work.n if sharing == "copies" else 1)]
+    keys = sum(token + 1 for length in prompts for token in range(length))
+    tokens = sum(prompts)
+    flops = 2 * DENSE.active_body_weights * tokens + DENSE.attention_flops_per_key * keys
+    moved = (2 * DENSE.body_weights + 2 * DENSE.kv_bytes_per_token * tokens) if tokens else 0
+    assert part.flops * work.queries == pytest.approx(flops)
+    assert part.bytes * work.queries == pytest.approx(moved)
+    assert part.seconds * work.queries == pytest.approx(max(flops / DEVICE.bf16_flops, moved / DEVICE.bandwidth))

@@ -20,7 +20,7 @@ VOTES = st.lists(st.sampled_from(["a", "b", "c", "d", "e", None]), min_size=1, m
 RIGHT = st.frozensets(st.sampled_from("abcde"))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(VOTES, RIGHT, st.data())
 def test_majority_is_exact(answers, right, data):
     k = data.draw(st.integers(1, len(answers)))
@@ -33,6 +33,7 @@ def test_majority_is_exact(answers, right, data):
     assert majority_of_k(answers, [a in right for a in answers], k) == pytest.approx(total / count)
 
 
+@settings(deadline=None)
 @given(VOTES, RIGHT, st.data())
 def test_a_tie_goes_to_the_first_voter_in_random_order(answers, right, data):
     """Over all orders of the samples, as `tts.select` decides them one by one."""
@@ -45,6 +46,7 @@ def test_a_tie_goes_to_the_first_voter_in_random_order(answers, right, data):
     assert majority_of_k(answers, [a in right for a in answers], k) == pytest.approx(total / count)
 
 
+@settings(deadline=None)
 @given(VOTES, RIGHT, st.data())
 def test_weighted_vote_is_exact_for_few(answers, right, data):
     scores = data.draw(
