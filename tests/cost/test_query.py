@@ -148,6 +148,11 @@ def test_verifier_flops():
     attention = n * sum(triangle(p + each * k) for k in range(1, steps + 1))
     assert prm_flops(paged) == w * tokens + a * attention
     assert prm_flops(tree) < w * (p + n * steps * each) + a * attention
+    # Incremental: the prompt is encoded in the first step, and later ones read the KV of the distinct tokens before.
+    kappa, weights = DENSE.kv_bytes_per_token, 2 * DENSE.body_weights
+    read = sum(p + 4 * each * k for k in range(1, steps))
+    moved = weights * p / (p + n * each) + 2 * kappa * p + kappa * read
+    assert tree.parts["prm_prefix"].bytes == pytest.approx(moved)
     waste = (n * each * steps * (steps + 1) / 2) / (n * steps * each)
     assert waste == (steps + 1) / 2  # without a prompt
 
