@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,13 +14,20 @@ from tts_kernels import cli
 
 transformers = pytest.importorskip("transformers")
 
-from tts_kernels import demo  # noqa: E402
+import verifier_checkpoints  # noqa: E402
+
+from tts_kernels import demo, demo_verify, seeded  # noqa: E402
 
 FIGURES = {
     "tokens_equal", "tokens_equal_fraction", "kv_saving_bound", "speedup", "prompt_tokens", "new_tokens", "samples",
     "stock_seconds", "stock_prefill_seconds", "stock_decode_seconds", "stock_kv_bytes", "stock_kv_bytes_per_step",
     "tts_seconds", "tts_prefill_seconds", "tts_decode_seconds", "tts_kv_bytes", "tts_kv_bytes_per_step",
-    "least_kv_bytes_per_step", "model", "machine",
+    "least_kv_bytes_per_step", "model", "machine", "verifier", "recipe", "steps", "score_difference", "best",
+    "stock_score_seconds", "tts_score_seconds", "stock_score_tokens", "tts_score_tokens", "beam",
+    "beam_candidates_equal", "beam_choice_equal", "beam_score_difference", "stock_beam_policy_seconds",
+    "tts_beam_policy_seconds", "stock_beam_verifier_seconds", "tts_beam_verifier_seconds", "stock_beam_seconds",
+    "tts_beam_seconds", "stock_beam_policy_tokens", "tts_beam_policy_tokens", "stock_beam_verifier_tokens",
+    "tts_beam_verifier_tokens",
 }  # fmt: skip
 
 
@@ -39,12 +47,14 @@ def short(tmp_path, monkeypatch):
         "5",
         "--threads",
         "1",
-        "--prompt",
-        str(prompt),
-        "--json",
-        str(file),
+        "--width",
+        "2",
+        "--expand",
+        "2",
+        "--depth",
+        "2",
     ]
-    return arguments, file
+    return [*arguments, "--prompt", str(prompt), "--json", str(file)], file
 
 
 def test_demo(short, capsys):
@@ -52,6 +62,7 @@ def test_demo(short, capsys):
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "tokens equal: yes" in printed and "whole generation" in printed and "at most" in printed
+    assert "candidates equal: yes, choice equal: yes" in printed and "chosen: " in printed
     figures = json.loads(file.read_text())
     assert figures.keys() >= FIGURES
     assert figures["tokens_equal"] is True and figures["tokens_equal_fraction"] == 1
@@ -59,6 +70,13 @@ def test_demo(short, capsys):
     assert figures["stock_kv_bytes"] == token * 3 * (prompt_tokens + 4)
     assert figures["tts_kv_bytes"] == token * 16 * (-(-prompt_tokens // 16) + 3)
     assert figures["least_kv_bytes_per_step"] == figures["tts_kv_bytes_per_step"] == token * (prompt_tokens + 3 * 2.5)
+    assert figures["score_difference"] < 1e-5 and figures["beam_score_difference"] < 1e-5
+    assert figures["beam_candidates_equal"] is figures["beam_choice_equal"] is True
+    assert figures["steps"] >= 3 and len(figures["best"]) == 3
+    assert figures["tts_score_tokens"] < prompt_tokens + 3 * 14  # tags, and text that is cut into other pieces
+    assert figures["stock_score_tokens"] > 3 * prompt_tokens
+    assert figures["stock_beam_policy_tokens"] > 3 * figures["tts_beam_policy_tokens"] > 3 * prompt_tokens
+    assert figures["stock_beam_verifier_tokens"] > 3 * figures["tts_beam_verifier_tokens"] > 3 * prompt_tokens
     assert figures["model"]["num_key_value_heads"] == 2 and figures["machine"]["torch"] == torch.__version__
     assert [path.name for path in file.parent.iterdir() if path.name.startswith(".")] == []  # nothing temporary is left
 
@@ -79,27 +97,41 @@ def test_demo_fails_if_tokens_differ(short, monkeypatch, capsys):
     assert cli.main([*arguments, "--dtype", "bfloat16"]) == 0  # there they may
 
 
-def test_demo_with_a_local_model(short, tmp_path, capsys):
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"[UNK]": 0, "Two": 1, "pumps": 2, "fill": 3, "hours": 4}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    folder = tmp_path / "model"
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, eos_token_id=9
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+def test_demo_fails_if_scores_differ(short, monkeypatch, capsys):
+    right = demo_verify.Verifier.score_batch
+
+    def shifted(self, *arguments):
+        scores = right(self, *arguments)
+        return dataclasses.replace(scores, prob=scores.prob + 0.01)
+
+    monkeypatch.setattr(demo_verify.Verifier, "score_batch", shifted)
+    assert cli.main(short[0]) == 1
+    assert "FAILED: the scores differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["math-shepherd", "qwen2.5-math-prm"])
+def test_demo_with_local_models(short, tmp_path, capsys, recipe):
+    """With a verifier that is a language model, and with one that has a head of its own."""
+    policy = verifier_checkpoints.math_shepherd(tmp_path / "policy")
+    verifier = {"math-shepherd": verifier_checkpoints.math_shepherd, "qwen2.5-math-prm": verifier_checkpoints.qwen_prm}
+    verifier = verifier[recipe](tmp_path / "verifier")
     arguments, file = short
-    assert cli.main([*arguments, "--model", str(folder)]) == 0
-    assert json.loads(file.read_text())["model"]["class"] == "LlamaForCausalLM"
+    local = [*arguments, "--model", str(policy), "--verifier", str(verifier)]
+    assert cli.main([*local, "--recipe", recipe]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["model"]["path"] == str(policy) and figures["verifier"]["path"] == str(verifier)
+    assert figures["recipe"] == recipe and figures["steps"] > 0
+    assert cli.main(local) == 1
+    assert "--recipe: expected one beside --verifier" in capsys.readouterr().err
     assert cli.main([*arguments, "--model", str(tmp_path / "nothing")]) == 1
     assert "tts-kernels demo:" in capsys.readouterr().err
 
 
 def test_prompt_of_the_demo():
     """It is packaged, and about 1,000 tokens long."""
-    assert 900 < len(demo.piece_ids(demo.PROMPT.read_text(encoding="utf-8"))) < 1300
+    text = demo.PROMPT.read_text(encoding="utf-8")
+    ids = seeded.tokenizer(4096, text)(text)["input_ids"]
+    assert 900 < len(ids) < 1300 and 0 not in ids  # none unknown
 
 
 def test_json_is_never_half_written(tmp_path):

@@ -79,7 +79,7 @@ def scores_alone(verifier: Verifier, question: str, steps: list[str]) -> list[fl
     """The steps' scores of one candidate, from transformers' own forward over its tokens, in float64 after it."""
     sequence = verifier.recipe.encode(TOKENIZER, question, steps)
     ids = torch.tensor([sequence.ids])
-    head, models = verifier.head, verifier._models
+    head, models = verifier.head, verifier.models
     with torch.no_grad():
         if verifier.recipe.implicit:
             logp = [torch.log_softmax(model(ids).logits[0].double(), -1) for model in models]

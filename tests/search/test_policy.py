@@ -103,7 +103,7 @@ def test_stop_strings():
 def test_stop_strings_across_tokens(tokens, stop, text, monkeypatch):
     policy = models.policy(tokenizer=models.bytes_())
     script = iter(policy.tokenizer.convert_tokens_to_ids([*tokens, *"never"]))
-    monkeypatch.setattr(module, "_sampler", lambda *args: lambda logits: [next(script)])
+    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits: [next(script)])
     (step,) = policy.sample_steps([policy.start([7, 8])], stop=stop)
     assert (step.text, len(step.ids), step.reason) == (text, len(tokens), "stop")
 
@@ -208,7 +208,7 @@ def test_pages_are_not_asked_for_before_they_are_needed(monkeypatch):
     """The pages left hold the step, though not what it might have become."""
     policy = models.policy(page_size=4, max_tokens=24)
     script = iter([20] * 11 + [2])  # then two line breaks
-    monkeypatch.setattr(module, "_sampler", lambda *args: lambda logits: [next(script)])
+    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits: [next(script)])
     (step,) = policy.sample_steps([policy.start([7] * 12)], max_new_tokens=2048)
     assert len(step.ids) == 12 and step.reason == "stop" and policy.kv.free_pages == 0
 
@@ -251,7 +251,7 @@ def test_the_context_is_full():
 
 def test_the_context_is_full_at_a_stop_string(monkeypatch):
     policy = models.policy(max_position_embeddings=64)
-    monkeypatch.setattr(module, "_sampler", lambda *args: lambda logits: [2] * len(logits))  # two line breaks
+    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits: [2] * len(logits))  # two line breaks
     nodes = [policy.start([5] * length) for length in (62, 63)]
     steps = policy.sample_steps(nodes)
     assert [(step.ended, step.reason) for step in steps] == [(False, "stop"), (True, "length")]

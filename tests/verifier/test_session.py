@@ -182,6 +182,32 @@ def test_a_model_that_fails_leaves_the_session_as_it_was(monkeypatch):
     assert path_scores(scores, 0) == pytest.approx(scores_alone(verifier, "good", ["abc", "h"]), abs=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "implicit"])
+def test_a_path_that_outgrows_the_context_drops_its_first_steps(kind):
+    verifier = make(kind, recipe={"context": 16}, too_long="drop_oldest_steps")
+    session = verifier.session("good")
+    first = session.extend([session.root], ["abc"])  # 9 tokens
+    second = session.extend(first.nodes, ["defg"])  # 14
+    with pytest.warns(UserWarning, match=r"steps\[0\]: 1 first steps left out of a path"):
+        third = session.extend(second.nodes, ["hi"])  # 17, or 13 without "abc"
+    fourth = session.extend(third.nodes, ["j"])  # 15: goes on from there
+    with pytest.warns(UserWarning, match=r"steps\[0\]: 3 first steps left out of a path"):
+        fifth = session.extend(fourth.nodes, ["abcdef"])
+    got = path_scores(fifth, 0)
+    shown = [["abc"], ["abc", "defg"], ["defg", "hi"], ["defg", "hi", "j"], ["j", "abcdef"]]
+    if kind == "softmax":
+        wanted = [scores_alone(verifier, "good", steps)[-1] for steps in shown]
+    else:  # each step adds its own tokens' part
+        wanted, total = [], 0.0
+        for steps in shown:
+            scores = scores_alone(verifier, "good", steps)
+            total += scores[-1] - (scores[-2] if len(scores) > 1 else 0.0)
+            wanted.append(total)
+    assert got == pytest.approx(wanted, **CLOSE)
+    assert got[:4] == path_scores(fourth, 0)
+    assert session.steps(fifth.nodes[0]) == ["abc", "defg", "hi", "j", "abcdef"]
+
+
 def test_empty_calls_and_the_root():
     session = make().session("good")
     nothing = session.extend([], [])
@@ -200,7 +226,7 @@ def test_bad_input():
         (
             lambda: session.extend([0, 0], ["a", "abcdefgh"]),
             ValueError,
-            r"steps\[1\]: expected a path of at most 12",
+            r"steps\[1\]: expected at most 12 tokens",
         ),
         (lambda: session.release([0]), ValueError, r"nodes\[0\]: expected a node that is held"),
         (lambda: session.scores([1]), ValueError, r"nodes\[0\]: expected a node of this session"),

@@ -94,6 +94,13 @@ def test_every_distinct_token_goes_through_the_model_once(monkeypatch):
     assert max(seen) <= 30
 
 
+def test_candidates_as_lists_of_steps():
+    verifier = make()
+    wanted = verifier.score(["good"], [["abc|d", "e"]])
+    assert verifier.score(["good"], [[["abc", "d"], "e"]]) == wanted
+    assert verifier.score(["good"], [[("a|b",), []]])[0][0] == pytest.approx(scores_alone(verifier, "good", ["a|b"]))
+
+
 def test_no_candidates_at_all():
     verifier = make()
     assert verifier.score([], []) == []
@@ -104,7 +111,7 @@ def test_no_candidates_at_all():
 def test_five_hundred_steps():
     verifier = make("sigmoid", recipe={"context": 4000})
     steps = [chr(ord("a") + i % 26) for i in range(500)]
-    verifier._models[0].config.max_position_embeddings = 4000
+    verifier.models[0].config.max_position_embeddings = 4000
     (scores,) = verifier.score(["good"], [["|".join(steps)]])[0]
     assert len(scores) == 500
     assert scores == pytest.approx(scores_alone(verifier, "good", steps), **CLOSE)
@@ -124,7 +131,7 @@ def test_too_long_is_an_error_by_default():
 
 def test_the_model_s_own_limit_counts_too():
     verifier = make()
-    verifier._models[0].config.max_position_embeddings = 9
+    verifier.models[0].config.max_position_embeddings = 9
     assert verifier.context == 9
     with pytest.raises(ValueError, match="at most 9 tokens"):
         verifier.score(["good"], [["abcd"]])
@@ -142,6 +149,12 @@ def test_dropping_the_oldest_steps():
     assert batch.dropped.tolist() == [0, 2] and batch.count.tolist() == [2, 2]
     with pytest.raises(ValueError, match=r"got 16 tokens in 2 steps, and 14 with the last step alone"):
         verifier.score(["good"], [["a|abcdefgh"]])
+
+
+def test_recipes_for_whole_answers_drop_nothing():
+    verifier = make(recipe={"context": 12, "stepwise": False}, too_long="drop_oldest_steps")
+    with pytest.raises(ValueError, match="expected at most 12 tokens"):
+        verifier.score(["good"], [["abc|d|ef|gh"]])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -163,13 +176,14 @@ def test_bad_input():
         (lambda: verifier.score([3], [["a"]]), TypeError, r"questions\[0\]: expected a text, got int"),
         (lambda: verifier.score(["a"], []), ValueError, "outputs: expected 1 lists of candidates"),
         (lambda: verifier.score(["a"], ["b"]), TypeError, r"outputs\[0\]: expected a list of texts, got 'str'"),
-        (lambda: verifier.score(["a"], [["b", None]]), TypeError, r"outputs\[0\]\[1\]: expected a text, got NoneType"),
+        (lambda: verifier.score(["a"], [["b", None]]), TypeError, r"outputs\[0\]\[1\]: expected a list of texts, got"),
+        (lambda: verifier.score(["a"], [[["b", 3]]]), TypeError, r"outputs\[0\]\[0\]\[1\]: expected a text, got int"),
         (lambda: make(max_tokens=0), ValueError, "max_tokens: expected at least 1"),
         (lambda: make(chunk_tokens=0), ValueError, "chunk_tokens: expected at least 1"),
         (lambda: make(page_size=2.0), TypeError, "page_size: expected"),
         (lambda: make(too_long="shrug"), ValueError, "too_long: expected one of error, drop_oldest_steps, got 'shrug'"),
-        (lambda: Verifier(verifier._models[0], TOKENIZER, "no such recipe"), ValueError, "recipe: expected"),
-        (lambda: remade(verifier, reference=verifier._models[0]), ValueError, "reference: expected None"),
+        (lambda: Verifier(verifier.models[0], TOKENIZER, "no such recipe"), ValueError, "recipe: expected"),
+        (lambda: remade(verifier, reference=verifier.models[0]), ValueError, "reference: expected None"),
         (lambda: remade(make("implicit"), reference=None), ValueError, "reference: expected the reference model"),
         (lambda: remade(verifier, head=make("implicit").head), TypeError, "head: expected one that suits recipe"),
         (lambda: remade(verifier, model=3), TypeError, "model: expected a transformers model, got int"),
@@ -185,7 +199,7 @@ def test_bad_input():
 
 def remade(verifier: Verifier, *, model=None, **changes) -> Verifier:
     given = {"head": verifier.head, "reference": None, **changes}
-    return Verifier(verifier._models[0] if model is None else model, TOKENIZER, verifier.recipe, **given)
+    return Verifier(verifier.models[0] if model is None else model, TOKENIZER, verifier.recipe, **given)
 
 
 def test_public_names_and_an_import_without_transformers():

@@ -166,6 +166,10 @@ def unsupported_reasons(model: PreTrainedModel) -> list[str]:
 
 @contextlib.contextmanager
 def attention_switched(model: PreTrainedModel) -> Iterator[None]:
+    """Within another one of the same model it costs nothing."""
+    if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        yield
+        return
     before = _implementations(model.config)
     try:
         model.set_attn_implementation(NAME)

@@ -13,6 +13,7 @@ Any number of nodes, new tokens of each, anywhere in the tree, go through the mo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class TreeModel:
     def num_layers(self) -> int:
         return self.kv.num_layers
 
+    def switched(self) -> AbstractContextManager[None]:
+        """For a loop of forwards: the model's attention implementation is switched once, and put back at the end."""
+        return attention_switched(self.decoder)
+
     def forward(self, rows: Mapping[int, int], input_ids: Tensor, *, plan: TreePlan | None = None) -> Tensor:
         """Hidden states [R, d] after the final norm of the last rows[node] tokens of each node, in the order of `rows`.
 
@@ -89,7 +94,7 @@ class TreeModel:
         if plan.num_rows != total:
             fail("plan", f"one of {total} rows, as many as `rows` has", plan.num_rows)
         self._forward.begin(plan, self.kv.slots(rows))
-        with attention_switched(self.decoder), torch.no_grad():
+        with self.switched(), torch.no_grad():
             out = self.decoder(
                 input_ids=input_ids.to(self.device)[None],
                 position_ids=plan.positions()[None],

@@ -171,8 +171,8 @@ class Policy:
         check_int("n", n, 1)
         check_sampling(max_new_tokens, temperature, top_p, top_k)
         stops = check_stop(stop)
-        draw = _sampler(temperature, top_p, top_k, generator)
-        with self._full(), torch.no_grad():
+        draw = sampler(temperature, top_p, top_k, generator)
+        with self._full(), torch.no_grad(), self._model.switched():
             self._compute_pending(dict.fromkeys(parents))
             pools = {parent: iter(self.kv.fork(parent, n * count)) for parent, count in Counter(parents).items()}
             under = [parent for parent in parents for _ in range(n)]
@@ -207,7 +207,7 @@ class Policy:
         """Tokens and reason for each leaf. All but the last of its tokens are stored in it."""
         tokens: list[list[int]] = [[] for _ in leaves]
         reasons = [""] * len(leaves)
-        window = max((len(stop.encode()) for stop in stops), default=0) + CONTEXT  # tokens: each is a byte at least
+        window = stop_window(stops)
         room = [self._context - self._tips[parent].length for parent in under]
         distinct = {parent: row for row, parent in enumerate(dict.fromkeys(under))}
         going = list(range(len(leaves)))
@@ -222,7 +222,7 @@ class Policy:
                     reasons[i] = "eos"
                 elif len(tokens[i]) == room[i]:  # before the stop strings: nothing can follow
                     reasons[i] = "length"
-                elif stops and self._stopped(tokens[i][-window:], stops):
+                elif stops and stopped(self._decode(tokens[i][-window:]), stops):
                     reasons[i] = "stop"
                 elif len(tokens[i]) == max_new_tokens:
                     reasons[i] = "length"
@@ -243,18 +243,12 @@ class Policy:
             logits = self._logits(self._compute(rows, [tokens[i][-1] for i in going], plan=plan))
         return tokens, reasons
 
-    def _stopped(self, tail: list[int], stops: tuple[str, ...]) -> bool:
-        text = self._decode(tail)
-        return any(stop in text for stop in stops)
-
     def _step(self, parent: int, leaf: int, ids: list[int], reason: str) -> Step:
         before = self._tips[parent]
-        path = before.ids + ids
-        whole = self._decode(path)
-        text = whole[len(before.text) :] if whole.startswith(before.text) else self._decode(ids)
+        text = new_text(self._decode, before.ids, before.text, ids)
         length = before.length + len(ids)
         ended = reason == "eos" or length >= self._context
-        self._tips[leaf] = Tip(path, before.text + text, length, ended, pending=ids[-1])
+        self._tips[leaf] = Tip(before.ids + ids, before.text + text, length, ended, pending=ids[-1])
         return Step(leaf, text, tuple(ids), ended, reason)
 
     def _compute_pending(self, nodes: Sequence[int]) -> None:
@@ -307,11 +301,26 @@ class Policy:
             ) from error
 
 
+def stop_window(stops: Sequence[str]) -> int:
+    """How many of a step's last tokens are decoded to look for stop strings: each is a byte at least."""
+    return max((len(stop.encode()) for stop in stops), default=0) + CONTEXT
+
+
+def stopped(text: str, stops: Sequence[str]) -> bool:
+    return any(stop in text for stop in stops)
+
+
+def new_text(decode: Callable[[list[int]], str], before: list[int], text: str, ids: list[int]) -> str:
+    """What `ids` add to the text of the tokens before them."""
+    whole = decode(before + ids)
+    return whole[len(text) :] if whole.startswith(text) else decode(ids)
+
+
 def _ids(ids: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def _sampler(
+def sampler(
     temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
 ) -> Callable[[Tensor], list[int]]:
     """From logits [R, V] to a token for each row."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
@@ -19,6 +21,7 @@ from .forward import forwards, gather
 from .implicit import row_logprobs
 
 if TYPE_CHECKING:
+    from .recipe import Encoded
     from .verifier import Verifier
 
 WHEN_FULL = ("refuse", "recompute")
@@ -144,8 +147,11 @@ class VerifierSession:
         Only what is new goes through the model. A parent may be named several times; a step that it has already, here
         or from an earlier call, is not encoded again.
 
-        Raises TypeError and ValueError for wrong arguments, among them a path beyond the model's context, naming the
-        step; OutOfPages where there is no room. Nothing is changed then.
+        Where the verifier has too_long="drop_oldest_steps", a path that outgrows the model's context goes on without
+        its first steps, as few as it takes, and a warning says so; the scores that its steps have are kept.
+
+        Raises TypeError and ValueError for wrong arguments, among them a path beyond the model's context where that is
+        an error; OutOfPages where there is no room. Nothing is changed then.
         """
         parents = int_list("parents", parents)
         for i, parent in enumerate(parents):
@@ -174,9 +180,10 @@ class VerifierSession:
     def release(self, nodes: int | Sequence[int]) -> None:
         """Gives a hold of each of the nodes back. What neither the caller nor a child holds is forgotten."""
         nodes = [nodes] if isinstance(nodes, int) else int_list("nodes", nodes)
+        times = Counter(nodes)
         for i, node in enumerate(nodes):
             self._check(f"nodes[{i}]", node)
-            if nodes.count(node) > self._nodes[node].holds - (node == self.root):
+            if times[node] > self._nodes[node].holds - (node == self.root):
                 fail(f"nodes[{i}]", "a node that is held by the caller", node)
         for node in nodes:
             self._nodes[node].holds -= 1
@@ -222,25 +229,35 @@ class VerifierSession:
 
     def _make(self, name: str, parent: int, step: str) -> Node:
         """The node of a new step, without KV and score yet."""
-        above, encode = self._nodes[parent], self.verifier.recipe.encode
-        tokenizer, under, response = self.verifier.tokenizer, parent, 0
+        above, under, response = self._nodes[parent], parent, 0
+
+        def encode(question: str, steps: list[str]) -> Encoded:
+            try:
+                return self.verifier.recipe.encode(self.verifier.tokenizer, question, steps)
+            except ValueError as error:
+                raise ValueError(f"{name}, behind {above.step!r}: {error}") from error
+
         if parent == self.root:
-            sequence, before = encode(tokenizer, self.question, [step]), above.ids.tolist()
+            sequence, before = encode(self.question, [step]), above.ids.tolist()
             ids = sequence.ids
             if ids[: len(before)] != before:  # the tokenizer joins the question's end with the step: not shared then
                 before, under = [], None
             response = max(0, sequence.response - len(before))
         else:
             # How the step is cut into tokens does not depend on what stands before the last one.
-            before = encode(tokenizer, "", [above.step]).ids
-            ids = encode(tokenizer, "", [above.step, step]).ids
+            before = encode("", [above.step]).ids
+            ids = encode("", [above.step, step]).ids
             if ids[: len(before)] != before:
                 fail(name, "a step whose tokens begin behind those of the step before", repr(step))
         piece = self._ids(ids[len(before) :])
         length = len(piece) + (0 if under is None else above.length)
         limit = self.verifier.context
         if limit is not None and length > limit:
-            fail(name, f"a path of at most {limit} tokens, the context of the model", f"{length} tokens")
+            # Refused, or a path of its own that begins with a later step. Steps that have scores keep them.
+            sequence, left_out = self.verifier.encode(name, self.question, [*self.steps(parent), step])
+            warnings.warn(f"{name}: {left_out} first steps left out of a path beyond the context", stacklevel=3)
+            piece, under, length = self._ids(sequence.ids), None, len(sequence.ids)
+            response = sequence.positions[-2] + 1 if len(sequence.positions) > 1 else sequence.response
         return Node(parent, step, piece, length, under, response)
 
     def _encode(self, fresh: list[int]) -> None:

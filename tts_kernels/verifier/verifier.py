@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from .session import VerifierSession
 
+Output = str | Sequence[str]  # a candidate: a text, or its steps
 TOO_LONG = ("error", "drop_oldest_steps")
 
 
@@ -60,7 +61,8 @@ class Verifier:
                   of speed. Nodes begin on pages of their own, so short ones take more slots than they have tokens
     chunk_tokens  tokens that go through the model in one forward, at most
     too_long      what is done about a candidate beyond the model's context: "error", or "drop_oldest_steps", which
-                  leaves out as few of its first steps as it takes, and warns
+                  leaves out as few of its first steps as it takes, and warns; recipes that score whole answers refuse
+                  it all the same
     page_size, backend   of the KV tree and of the ops, see `tree_attention` and `step_scores`
 
     Raises TypeError and ValueError for wrong arguments, among them a model that cannot run over a tree and a recipe
@@ -96,7 +98,7 @@ class Verifier:
             fail("too_long", f"one of {', '.join(TOO_LONG)}", repr(too_long))
         self.too_long = too_long
         self.backend = backend
-        self._models = [model] if reference is None else [model, reference]
+        self.models = [model] if reference is None else [model, reference]
         self._trees: list | None = None  # made when they are first needed
         self.device = self.tree_models(page_size)[0].device  # refuses what cannot run over a tree
         width = model.config.get_text_config().hidden_size
@@ -110,6 +112,7 @@ class Verifier:
         recipe: Recipe | str,
         *,
         reference: str | Path | None = None,
+        base: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         **settings: Any,
@@ -117,6 +120,7 @@ class Verifier:
         """The verifier of a checkpoint on disk, in the layout in which its family publishes it.
 
         path, reference   folders of the model and, for an implicit recipe, of its reference model
+        base              folder of the model under LoRA weights; default the one that they name
         dtype             of the weights; default that of the checkpoint
         settings          as for `Verifier`
 
@@ -125,16 +129,18 @@ class Verifier:
         from .loading import load
 
         recipe = find_recipe(recipe)
-        loaded = load(path, recipe, dtype=dtype, device=device, reference=reference)
+        loaded = load(path, recipe, dtype=dtype, device=device, reference=reference, base=base)
         return cls(loaded.model, loaded.tokenizer, recipe, head=loaded.head, reference=loaded.reference, **settings)
 
     # --- one shot ----------------------------------------------------------------------------------------------------
 
-    def score(self, questions: Sequence[str], outputs: Sequence[Sequence[str]]) -> list[list[list[float]]]:
+    def score(
+        self, questions: Sequence[str], outputs: Sequence[Sequence[str | Sequence[str]]]
+    ) -> list[list[list[float]]]:
         """The score of every step, [question][candidate][step], as search-and-learn's PRMs return them.
 
         questions  texts
-        outputs    for each question the texts of its candidates, cut into steps by the recipe
+        outputs    for each question its candidates: texts, which the recipe cuts into steps, or lists of steps
 
         A step that was left out because its candidate is too long has nan. Otherwise as `score_batch`.
         """
@@ -147,7 +153,7 @@ class Verifier:
         groups = accumulate(map(len, outputs), initial=0)
         return [steps[begin:end] for begin, end in pairwise(groups)]
 
-    def score_batch(self, questions: Sequence[str], outputs: Sequence[Sequence[str]]) -> CandidateScores:
+    def score_batch(self, questions: Sequence[str], outputs: Sequence[Sequence[Output]]) -> CandidateScores:
         """All scores and aggregates of all candidates: those of question 0, then those of question 1, and so on.
 
         What candidates begin with in common, the question at least, is computed once. Hidden states are kept only of
@@ -161,10 +167,13 @@ class Verifier:
             fail("outputs", f"{len(questions)} lists of candidates, one for each question", len(outputs))
         names, sequences, dropped = [], [], []
         for g, (question, candidates) in enumerate(zip(questions, outputs)):
-            check_texts(f"outputs[{g}]", candidates)
+            check_list(f"outputs[{g}]", candidates)
             for i, output in enumerate(candidates):
                 names.append(f"outputs[{g}][{i}]")
-                sequence, left_out = self.encode(names[-1], question, self.recipe.split(output))
+                if not isinstance(output, str):
+                    check_texts(names[-1], output)
+                steps = self.recipe.split(output) if isinstance(output, str) else list(output)
+                sequence, left_out = self.encode(names[-1], question, steps)
                 sequences.append(sequence)
                 dropped.append(left_out)
         if any(dropped):
@@ -199,16 +208,19 @@ class Verifier:
     def context(self) -> int | None:
         """Tokens that a path may have; None: any number."""
         limits = [self.recipe.context]
-        limits += [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in self._models]
+        limits += [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in self.models]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def encode(self, name: str, question: str, steps: Sequence[str]) -> tuple[Encoded, int]:
         """The tokens of a candidate and how many first steps were left out for it to fit."""
-        sequence, limit = self.recipe.encode(self.tokenizer, question, steps), self.context
+        try:
+            sequence, limit = self.recipe.encode(self.tokenizer, question, steps), self.context
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         if limit is None or len(sequence.ids) <= limit:
             return sequence, 0
         what = f"{len(sequence.ids)} tokens in {len(steps)} steps"
-        if self.too_long == "drop_oldest_steps" and len(steps) > 1:
+        if self.too_long == "drop_oldest_steps" and self.recipe.stepwise and len(steps) > 1:
 
             def shorter(left_out: int) -> Encoded:
                 return self.recipe.encode(self.tokenizer, question, steps[left_out:])
@@ -225,7 +237,7 @@ class Verifier:
 
         pages = -(-max_tokens // self.page_size)
         return [
-            TreeModel(model, num_pages=pages, page_size=self.page_size, backend=self.backend) for model in self._models
+            TreeModel(model, num_pages=pages, page_size=self.page_size, backend=self.backend) for model in self.models
         ]
 
     def _kept_trees(self) -> list:
@@ -250,8 +262,12 @@ class Verifier:
 
 
 def check_texts(name: str, texts: Sequence[str]) -> None:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        fail(name, "a list of texts", repr(type(texts).__name__), TypeError)
+    check_list(name, texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             fail(f"{name}[{i}]", "a text", type(text).__name__, TypeError)
+
+
+def check_list(name: str, texts: Sequence) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        fail(name, "a list of texts", repr(type(texts).__name__), TypeError)
