@@ -202,7 +202,8 @@ def dense_select(
                     total = 0.0
                     for i in voters:
                         total = float(torch.tensor(total) + torch.tensor(scores[i]))  # fp32, in order
-                entries.append((-total, voters[0], min(voters, key=lambda i: (-scores[i], i))))
+                if not math.isnan(total):  # inf - inf is no score
+                    entries.append((-total, voters[0], min(voters, key=lambda i: (-scores[i], i))))
             ranked = [(-total, best) for total, _, best in sorted(entries)]
         ranked = ranked[:k] + [(math.nan, -1)] * (k - len(ranked))
         chosen.append([i for _, i in ranked])

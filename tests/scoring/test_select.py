@@ -80,6 +80,13 @@ def test_answers_that_tie_go_by_their_first_voter(path):
         assert got == ([[3, 1]], [[value, value]])
 
 
+def test_an_answer_without_a_sum(path):
+    """inf - inf is no score: another answer is selected, and this one never."""
+    scores, answers = [INF, -INF, -1.0], [0, 0, 1]
+    indices, values = run(path, scores, answers=answers, method="weighted_vote", k=2)
+    assert indices == [[2, -1]] and values[0][0] == -1.0 and math.isnan(values[0][1])
+
+
 def test_no_answer_and_no_score_do_not_vote(path):
     """-1 is no answer, and a nan score does not count: not for the majority, nor as the first voter."""
     scores, answers = [NAN, 0.5, 0.25, NAN, 0.125], [4, 5, -1, 4, 4]
@@ -104,7 +111,7 @@ def test_best_with_answers_does_not_read_them(path):
 
 
 # Scores of a few values, so that ties are common; sums of them are exact in any order.
-VALUES = st.sampled_from([0.0, 0.25, 0.5, 0.5, 1.0, -1.0, NAN, -INF])
+VALUES = st.sampled_from([0.0, 0.25, 0.5, 0.5, 1.0, -1.0, NAN, INF, -INF])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
