@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from tts_kernels.attention import cpu
 from tts_kernels.ceilings import gemm_rate, read_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +20,8 @@ GIB = 1 << 30
 
 def describe() -> dict:
     """The machine_info of a record."""
+    from tts_kernels.attention import cpu  # not at the top: `make gpu` starts before the native module is built
+
     cpuinfo = read("/proc/cpuinfo")
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)", cpuinfo, re.MULTILINE)
     model = re.search(r"^model name\s*:\s*(.+)", cpuinfo, re.MULTILINE)

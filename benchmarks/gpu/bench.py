@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import sys
 import time
 import traceback
@@ -24,11 +25,12 @@ from tts_kernels.measure.timing import (
     Captured,
     cache_bytes,
     capture,
+    cold_calls,
+    graph_calls,
     host_seconds,
     interleave,
     set_count,
     synchronize,
-    warm_calls,
 )
 
 from .cases import grid, tree_cases
@@ -44,7 +46,8 @@ class Wrong(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--grid", default="full")
-    parser.add_argument("--out", type=Path, required=True, help="lines are added to this file")
+    parser.add_argument("--out", type=Path, default=Path(os.devnull), help="lines are added to this file")
+    parser.add_argument("--compile", action="store_true", help="only call the peers that torch compiles, once each")
     parser.add_argument("--names", type=Path, help="a file with the names of the cases to run, as JSON; default all")
     parser.add_argument("--only-ours", action="store_true", help="without peers")
     given = parser.parse_args()
@@ -54,6 +57,8 @@ def main() -> int:
     if given.names:
         names = set(json.loads(given.names.read_text()))
         cases = [case for case in cases if case.name in names]
+    if given.compile:
+        return compile_peers(cases)
     with given.out.open("a") as out:
 
         def write(line: dict) -> None:
@@ -72,8 +77,22 @@ def main() -> int:
     return 0
 
 
+def compile_peers(cases: list) -> int:
+    for case in cases:
+        for peer in case.peers:
+            if getattr(peer, "COMPILED", False) and not peer.reason_against(case):
+                start = time.perf_counter()
+                try:
+                    peer.prepare(case.sets(1)[0])()
+                    told = f"{time.perf_counter() - start:.0f} s"
+                except Exception as failure:
+                    told = last_line(failure)
+                print(f"{peer.NAME}, {case.name}: {told}", flush=True)
+    return 0
+
+
 def all_cases(chosen: dict, device: str) -> list:
-    return [*tree_cases(chosen, device), *scoring_cases(chosen, device)]
+    return [*scoring_cases(chosen, device), *tree_cases(chosen, device)]
 
 
 def measure_ceilings(device: torch.device, chosen: dict) -> dict:
@@ -151,7 +170,9 @@ class Trial:
         errors = [self.check(calls[0](), 0, ours)]
         for call in calls[1:]:
             call()
-        cold, warm = capture(calls, self.device), capture(warm_calls(calls), self.device)
+        least = graph_calls(bytes_read)
+        cold = capture(cold_calls(calls, least), self.device)
+        warm = capture(calls[:1] * least, self.device)
         for graph, first, last in ((cold, 0, count - 1), (warm, 0, 0)):
             graph.replay()
             synchronize(self.device)

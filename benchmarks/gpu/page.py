@@ -58,6 +58,8 @@ def device_section(record: dict, plot: str | None) -> str:
         ["stage", "", "seconds", ""],
         [[name, s["status"], f"{s['seconds']:.0f}", "; ".join(s["lines"][:1])] for name, s in record["stages"].items()],
     )
+    if record["stages"].get("models", {}).get("decode"):
+        lines += ["Whole models:", "", *(f"- {line}" for line in record["stages"]["models"]["lines"]), ""]
     entries = records.cases(record)
     if not entries:
         return "\n".join([*lines, "Benchmarks: not yet measured.", ""])

@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def main() -> int:
     wrong = []
-    geometries = ["28/4 d128", "8/2 d80 bf16+fp8", "8/8 d64"] if DEVICE.type == "cuda" else ["4/2 d16 fp32"]
+    geometries = ["28/4 d128", "32/8 d128 bf16+fp8", "32/8 d64"] if DEVICE.type == "cuda" else ["4/2 d16 fp32"]
     trees = [star(5, 112, 21), steps(3, 48, 16, 9), beam(4, 2, 3, 32, 16)]
     for geometry in map(Geometry.parse, geometries):
         for tree in trees if DEVICE.type == "cuda" else trees[:1]:

@@ -37,6 +37,7 @@ class Run:
         found = os.environ | {
             "TRITON_CACHE_DIR": str(WORK / "triton"),
             "FLASHINFER_WORKSPACE_BASE": str(WORK),
+            "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
             "PYTHONUNBUFFERED": "1",
             # ninja and pytest of the interpreter that runs this.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -125,7 +126,11 @@ def build(run: Run, end: float) -> Result:
 def warm_up(run: Run, end: float) -> Result:
     extra = ["--arch", "sm_90"] if run.dry else []
     done = Job(run, "compile", python("-m", "benchmarks.gpu.warm_up", "--grid", run.grid, *extra)).wait(end)
-    lines = [line for line in done.output.splitlines() if line.startswith("FlashInfer ") or "Triton kernels" in line]
+    lines = [
+        line
+        for line in done.output.splitlines()
+        if "Triton kernels" in line or line.startswith(("FlashInfer ", "flex ", "compiled "))
+    ]
     return judge(Result(lines=[line[:200] for line in lines]), done, "compile")
 
 
@@ -138,7 +143,8 @@ def test(run: Run, end: float) -> Result:
         logs.append(WORK / f"test-{i}.jsonl")
         logs[-1].unlink(missing_ok=True)
         command = python("-m", "pytest", "-q", "-p", "benchmarks.gpu.shard", "-p", "no:cacheprovider", *chosen)
-        shard = {"TTS_SHARD": f"{i}/{count}", "TTS_SHARD_LOG": str(logs[-1]), "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        shard = {"TTS_SHARD": f"{i}/{count}", "TTS_SHARD_LOG": str(logs[-1]), "PYTHONPATH": path}
         jobs.append(Job(run, f"test-{i}", command, **shard))
     result, outcomes = Result(), {}
     for i, (job, log) in enumerate(zip(jobs, logs)):
@@ -169,19 +175,22 @@ def test(run: Run, end: float) -> Result:
 
 
 def sanitize(run: Run, end: float) -> Result:
-    """Memory accesses first, then races between the threads of a block, each for about half of the time."""
+    """The program alone, which compiles what it needs; then under memcheck and racecheck."""
     program = python("-m", "benchmarks.gpu.sanitized")
     checker = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    begin = time.monotonic()
+    result = judge(
+        Result(), Job(run, "sanitize", program).wait(end if run.dry else begin + (end - begin) * 0.4), "alone"
+    )
     if run.dry or not checker:
         why = "a dry run" if run.dry else "compute-sanitizer is not installed"
-        result = judge(Result("passed" if run.dry else "skipped"), Job(run, "sanitize", program).wait(end), "sanitized")
         result.lines.insert(0, f"{why}: the program alone was run")
+        if not run.dry and result.status == "passed":
+            result.status = "skipped"
         return result
-    result = Result()
-    begin = time.monotonic()
-    for tool, until in (("memcheck", begin + (end - begin) * 0.55), ("racecheck", end)):
+    for tool, until in (("memcheck", begin + (end - begin) * 0.7), ("racecheck", end)):
         # Without torch's cache of memory every tensor is an allocation, and a step out of it is seen.
-        command = [checker, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *program]
+        command = [checker, "--tool", tool, "--error-exitcode", "9", *program]
         done = Job(run, f"sanitize-{tool}", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1").wait(until)
         result.lines += [f"{tool}: {line.strip('= ')}" for line in done.output.splitlines() if "SUMMARY" in line]
         judge(result, done, tool)
@@ -248,9 +257,9 @@ def tune(run: Run, end: float) -> Result:
 
 
 def models(run: Run, end: float) -> Result:
-    """Whole-model runs: benchmarks/gpu/models.py, once it is there."""
-    if importlib.util.find_spec("benchmarks.gpu.models") is None:
-        return Result("skipped", ["benchmarks/gpu/models.py is not written yet"])
+    """Whole-model runs; transformers may be missing."""
+    if importlib.util.find_spec("transformers") is None:
+        return Result("skipped", ["transformers is not installed"])
     out = WORK / "models.json"
     out.unlink(missing_ok=True)
     dry = ["--dry"] if run.dry else []
@@ -263,10 +272,10 @@ def models(run: Run, end: float) -> Result:
 
 STAGES = (
     Stage("build", 40, build, "the native module; what `tts-kernels doctor` says"),
-    Stage("compile", 120, warm_up, "Triton's kernels and FlashInfer's, side by side"),
+    Stage("compile", 110, warm_up, "Triton's kernels and the peers', side by side"),
     Stage("test", 100, test, "the tests marked gpu"),
     Stage("sanitize", 50, sanitize, "each kernel under compute-sanitizer"),
-    Stage("bench", 170, bench, "ceilings, our ops and their peers"),
+    Stage("bench", 175, bench, "ceilings, our ops and their peers"),
     Stage("models", 240, models, "whole-model runs", default=False),
     Stage("tune", 400, tune, "tts-kernels tune; tables go to RESULTS/tables", default=False),
 )

@@ -1,5 +1,5 @@
 """`python -m benchmarks.gpu.warm_up`: compiles what the later stages launch, side by side: our kernels into Triton's
-cache, and FlashInfer's into its own."""
+cache, FlashInfer's into its own, and what torch.compile makes of peers into Inductor's."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def main() -> int:
     name, arch = ("", given.arch) if given.arch else backend.device_kind(torch.device("cuda", 0))
     geometries = {case.geometry for case in tree_cases(grid(given.grid), "cuda")}
     launches = [launch for g in geometries for launch in geometry_launches(g, name, arch)]
-    peers = None
+    peers = []
     if not given.arch:
         dims = sorted({str(g.head_dim) for g in geometries})
-        # A process of its own: the compilers below are forks, which threads would endanger.
-        peers = subprocess.Popen([sys.executable, "-m", "benchmarks.peers.flashinfer", *dims])
+        modules = (["benchmarks.peers.flashinfer", *dims], ["benchmarks.gpu.bench", "--grid", given.grid, "--compile"])
+        # Processes of their own: the compilers below are forks, which threads would endanger.
+        peers = [subprocess.Popen([sys.executable, "-m", *module]) for module in modules]
         launches += kernels_without_configs(arch)
     start = time.perf_counter()
     count, errors = compile_ahead(launches, target_of(arch), given.jobs)
     report(f"{count} Triton kernels for {arch}: {time.perf_counter() - start:.0f} s, {len(errors)} failed")
     for error in errors:
         report(error)
-    if peers:
-        peers.wait()
+    for peer in peers:  # what fails there is named beside the cases that lack it
+        peer.wait()
     return int(bool(errors))
 
 

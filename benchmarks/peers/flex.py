@@ -4,6 +4,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 NAME = "flex attention"
+COMPILED = True
 
 
 def reason_against(case):

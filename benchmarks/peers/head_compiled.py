@@ -5,6 +5,7 @@ import torch
 from . import head_eager
 
 NAME = "compiled head"
+COMPILED = True
 
 
 def reason_against(case):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tts_kernels.measure import timing
-from tts_kernels.measure.timing import CapturedGraph, HostLoop, Times, interleave, set_count, warm_calls
+from tts_kernels.measure.timing import CapturedGraph, HostLoop, Times, cold_calls, graph_calls, interleave, set_count
 
 
 class FakeCuda:
@@ -127,8 +127,10 @@ def test_cold_sets_fill_the_cache_several_times():
     assert set_count(1 << 30, 50 << 20) == 1
     assert set_count(1, 50 << 20) == timing.MOST_SETS
     assert set_count(1 << 20, 0) == 2
+    assert graph_calls(1 << 20) == 8 and graph_calls(1 << 30) == 1
     calls = [lambda i=i: i for i in range(3)]
-    assert {call() for call in warm_calls(calls)} == {0}
+    assert [call() for call in cold_calls(calls, 8)] == [0, 1, 2] * 3
+    assert [call() for call in cold_calls(calls, 1)] == [0, 1, 2]
 
 
 def test_host_loop_with_a_clock_that_is_given():

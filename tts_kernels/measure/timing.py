@@ -24,7 +24,8 @@ from torch import Tensor
 
 Call = Callable[[], Tensor]
 SAMPLE_SECONDS = 0.5e-3  # that a sample lasts at least: event clocks tick in half microseconds
-GRAPH_CALLS = 8  # of a warm graph, at least: the gap between replays counts once for all of them
+GRAPH_CALLS = 8
+LONG_CALL_BYTES = 256 << 20  # read by a call that takes so long that a gap of microseconds behind it is little
 MOST_SETS = 256
 COLD_FACTOR = 4  # times the L2: the memory of the sets together
 
@@ -136,8 +137,14 @@ def cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
-def warm_calls(calls: Sequence[Call]) -> list[Call]:
-    return [calls[0]] * GRAPH_CALLS
+def graph_calls(call_bytes: int) -> int:
+    """Calls that a graph has at least: the gap between two replays counts once for all of them."""
+    return GRAPH_CALLS if call_bytes < LONG_CALL_BYTES else 1
+
+
+def cold_calls(calls: Sequence[Call], least: int) -> list[Call]:
+    """Every set as often as the others, and `least` calls or more."""
+    return list(calls) * -(-least // len(calls))
 
 
 def interleave(captured: dict[str, Captured], samples: int) -> dict[str, Times]:
