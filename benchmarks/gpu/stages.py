@@ -145,6 +145,7 @@ def test(run: Run, end: float) -> Result:
         command = python("-m", "pytest", "-q", "-p", "benchmarks.gpu.shard", "-p", "no:cacheprovider", *chosen)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         shard = {"TTS_SHARD": f"{i}/{count}", "TTS_SHARD_LOG": str(logs[-1]), "PYTHONPATH": path}
+        shard["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // count, 1))  # the oracle runs on the CPU
         jobs.append(Job(run, f"test-{i}", command, **shard))
     result, outcomes = Result(), {}
     for i, (job, log) in enumerate(zip(jobs, logs)):

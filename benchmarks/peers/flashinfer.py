@@ -21,6 +21,7 @@ from ..machine import ROOT
 
 WORKSPACE_BYTES = 512 << 20
 BUILDERS = 4
+MOST_LEVELS = 64  # each has tables of 16 MiB
 ERRORS = ROOT / "build" / "gpu" / "flashinfer.json"  # what could not be built, and why
 
 
@@ -34,6 +35,8 @@ class Cascade:
             return "rows at different depths"
         if len(levels(case.tree)) < 2:
             return "nothing is shared"
+        if len(levels(case.tree)) > MOST_LEVELS:
+            return f"more than {MOST_LEVELS} levels"
         if reason := reason_without(case, ("cascade",)):
             return reason
         return reason_without(case, (f"{chosen(case) if self.backend == 'auto' else self.backend} d{case.head_dim}",))

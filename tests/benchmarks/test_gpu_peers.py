@@ -14,10 +14,12 @@ sys.path.insert(0, str(ROOT))  # plain `pytest` does not have it
 
 pytest.importorskip("tts_kernels.measure.compiling", exc_type=ImportError)
 from benchmarks import peers  # noqa: E402
+from benchmarks.gpu import bench  # noqa: E402
 from benchmarks.gpu.cases import TreeCase  # noqa: E402
 from benchmarks.gpu.scoring import ScoringCase  # noqa: E402
 from benchmarks.peers import flashinfer, flex  # noqa: E402
 from tts_kernels.integrations import flashinfer as ours  # noqa: E402
+from tts_kernels.measure import timing  # noqa: E402
 from tts_kernels.measure.inputs import Geometry  # noqa: E402
 
 GEOMETRY = Geometry.parse("8/2 d32 fp32")
@@ -180,3 +182,30 @@ def test_scoring_peers(kind, vocabulary, monkeypatch):
     one = case.sets(1)[0]
     assert case.error(case.ours(one)(), case.reference(one)) <= case.tolerance(True)
     assert case.error(case.ours(one)() + 0.3, case.reference(one)) > case.tolerance(False)
+
+
+CEILINGS = {"bytes_per_s": 1e9, "flops_per_s": {"fp32": 1e9}, "cache_bytes": 0}
+
+
+def test_a_wrong_peer_has_no_time(monkeypatch):
+    def prepare(inputs):
+        attend = peers.unshared.prepare(inputs)
+        return lambda: attend() * 1.5
+
+    wrong = SimpleNamespace(
+        NAME="wrong", prepare=prepare, reason_against=lambda case: "", bytes_read=peers.unshared.bytes_read
+    )
+    monkeypatch.setattr(TreeCase, "peers", (wrong, peers.unshared))
+    entry = bench.measure(tree_case("star"), torch.device("cpu"), CEILINGS, 2, only_ours=False)
+    assert entry["status"] == "ok" and list(entry["methods"]) == ["ours", "ours, not shared"]
+    assert entry["wrong"]["wrong"].startswith("error 0.5, allowed") and not entry["missing"]
+
+
+def test_what_an_earlier_call_left_does_not_pass_for_a_result(monkeypatch):
+    class Still(timing.HostLoop):
+        def replay(self):
+            self.outputs = self.outputs or [call() for call in self.calls]
+
+    monkeypatch.setattr(bench, "capture", lambda calls, device: Still(calls))
+    entry = bench.measure(tree_case("star"), torch.device("cpu"), CEILINGS, 2, only_ours=True)
+    assert entry["status"] == "wrong" and entry["wrong"]["ours"].startswith("error inf") and not entry["methods"]
