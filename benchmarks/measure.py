@@ -13,13 +13,15 @@ from .cases import Grid
 OURS = "ours"
 
 
-def interleave(benchmark, methods: dict[str, Callable], prepare: Callable, grid: Grid) -> None:
+def interleave(
+    benchmark, methods: dict[str, Callable], prepare: Callable, grid: Grid, rounds: int | None = None
+) -> None:
     """Times the methods round by round, each once in a round, so that whatever else the machine does meets all of them.
 
     methods[OURS] is what pytest-benchmark measures: the stats of the benchmark are its own. The others are timed, with
     the same clock, in the set-up and the tear-down of each of its rounds; they go to benchmark.extra_info["peers"] with
     their raw times. The order rotates. `prepare` runs before each timed call, for the first call of a round as for the
-    last. All methods have been called before. The grid says how many rounds.
+    last. All methods have been called before. The grid says how many rounds, where they are not given.
     """
     times: dict[str, list[float]] = {name: [] for name in methods if name != OURS}
 
@@ -29,11 +31,12 @@ def interleave(benchmark, methods: dict[str, Callable], prepare: Callable, grid:
         methods[name]()
         return time.perf_counter() - start
 
-    start = time.perf_counter()
-    for name in methods:
-        one(name)
-    rounds = int(grid.seconds / (time.perf_counter() - start))
-    rounds = min(max(rounds, grid.min_rounds), grid.max_rounds)
+    if rounds is None:
+        start = time.perf_counter()
+        for name in methods:
+            one(name)
+        rounds = int(grid.seconds / (time.perf_counter() - start))
+        rounds = min(max(rounds, grid.min_rounds), grid.max_rounds)
     order = deque(methods)
 
     def before() -> None:

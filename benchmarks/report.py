@@ -151,9 +151,10 @@ def geomean(values) -> float:
 
 def other_line(b: dict) -> str:
     stats, extra = b["stats"], b["extra_info"]
-    line = f"{extra['what']:40}{stats['median'] * 1e6:>9.1f} µs ±{stats['iqr'] * 5e5:.1f}"
+    unit, scale = ("ms", 1e3) if stats["median"] >= 0.1 else ("µs", 1e6)
+    line = f"{extra['what']:40}{stats['median'] * scale:>9.1f} {unit} ±{stats['iqr'] * scale / 2:.1f}"
     for name, peer in extra.get("peers", {}).items():
-        line += f"    {name} {peer['median'] * 1e6:.1f} µs ({peer['median'] / stats['median']:.2f})"
+        line += f"    {name} {peer['median'] * scale:.1f} {unit} ({peer['median'] / stats['median']:.2f})"
     return line
 
 

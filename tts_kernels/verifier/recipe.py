@@ -141,10 +141,13 @@ class Recipe:
     def beta(self) -> float:
         return self.head.beta
 
-    def split(self, output: str) -> list[str]:
-        """A candidate's text as steps: cut at `split_on`, without white space around them, none empty."""
+    def split(self, output: str | Sequence[str]) -> list[str]:
+        """A candidate's text as steps: cut at `split_on`, without white space around them, none empty. A list of steps
+        as it is."""
+        if isinstance(output, (list, tuple)):
+            return list(output)
         if not isinstance(output, str):
-            fail("output", "a str", type(output).__name__, TypeError)
+            fail("output", "a str or a list of steps", type(output).__name__, TypeError)
         if self.split_on is None:
             return [output]
         return [step.strip() for step in output.split(self.split_on) if step.strip()]

@@ -172,8 +172,7 @@ class Verifier:
                 names.append(f"outputs[{g}][{i}]")
                 if not isinstance(output, str):
                     check_texts(names[-1], output)
-                steps = self.recipe.split(output) if isinstance(output, str) else list(output)
-                sequence, left_out = self.encode(names[-1], question, steps)
+                sequence, left_out = self.encode(names[-1], question, self.recipe.split(output))
                 sequences.append(sequence)
                 dropped.append(left_out)
         if any(dropped):
