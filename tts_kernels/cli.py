@@ -11,6 +11,8 @@ COMMANDS = {
     "demo": "decode N samples over one shared KV tree, beside stock transformers",
     "doctor": "show which backends this machine has, and every reason why not the others",
     "economics": "training once against sampling for every query: where it breaks even, at equal accuracy",
+    "profile": "run one query for real: wall time and bytes by part, beside their ceilings, stock, paged and ours",
+    "report": "what queries cost, as one HTML page of figures and tables that needs no network",
     "tune": "search the kernels' configs on this GPU, and write what was measured to a table",
 }
 
@@ -63,6 +65,20 @@ def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     from . import doctor
 
     return lambda args: doctor.main()
+
+
+def _profile(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from .profile import command
+
+    command.add_arguments(parser)
+    return command.main
+
+
+def _report(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from .cost import report_command
+
+    report_command.add_arguments(parser)
+    return report_command.main
 
 
 def _tune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

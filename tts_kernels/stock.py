@@ -134,7 +134,8 @@ class StockPolicy:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, prompt: Callable):
         self.model, self.tokenizer, self.prompt, self.device = model, tokenizer, prompt, model.device
         self.tokens_computed = 0
-        self._ends = {tokenizer.eos_token_id, model.generation_config.eos_token_id} - {None}
+        ends = model.generation_config.eos_token_id
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._handles = count()
         self._paths: dict[int, tuple[list[int], list[int], str]] = {}  # ids, those that text is decoded from, and it
 

@@ -7,8 +7,9 @@ Left out: activations between layers, norms, RoPE, communication, page tables, g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .checks import check_number, fail
 from .hardware import Hardware
@@ -46,6 +47,21 @@ class Efficiency:
         for name in ("bandwidth", "compute", "prefill"):
             if check_number(name, getattr(self, name), most=1) <= 0:
                 fail(name, "more than 0", getattr(self, name))
+
+
+class ScoringCall(NamedTuple):
+    """One forward of a verifier.
+
+    candidates  (tokens before, new tokens) of each
+    fresh       the distinct prefixes that a tree has not encoded yet
+    past        the distinct tokens whose KV a tree has and reads
+    positions   rows that are scored
+    """
+
+    candidates: Sequence[tuple[int, int]]
+    fresh: Sequence[int]
+    past: int
+    positions: int
 
 
 PLANNED = Efficiency(bandwidth=0.8, compute=0.6, prefill=0.5)
@@ -197,11 +213,16 @@ class Account:
 
     # --- verification -----------------------------------------------------------------------------------------------
 
-    def verify(self) -> None:
+    def verify(self, calls: Sequence[ScoringCall] | None = None) -> None:
         """Copies and paged: every candidate is encoded from its first token on in every scoring call, as in vLLM (with
         ALL pooling prefix-cache reads are skipped, PR #28194), RLHFlow and search-and-learn. Tree: each distinct token
-        once, scores kept beside the KV. One call after the generation, or one after each step of a search."""
+        once, scores kept beside the KV. One call after the generation, or one after each step of a search; or the calls
+        given, those of a run."""
         work = self.workload
+        if calls is not None:
+            for call in calls:
+                self.score(*call)
+            return
         if work.verifier == "none" or work.n == 1:
             return
         prefixes = [prompt + work.trunk for prompt in work.prompts]
@@ -218,9 +239,8 @@ class Account:
             past = sum(prefixes) + work.queries * work.keep * history if step else 0
             self.score(candidates, [] if step else prefixes, past, len(candidates))
 
-    def score(self, candidates: list[tuple[int, int]], fresh: list[int], past: int, positions: int) -> None:
-        """One scoring call. candidates: (tokens before, new tokens) of each; fresh: the distinct prefixes that a tree
-        has not encoded yet; past: the distinct tokens whose KV it has and reads; positions: rows that are scored."""
+    def score(self, candidates: Sequence[tuple[int, int]], fresh: Sequence[int], past: int, positions: int) -> None:
+        """One scoring call, see ScoringCall."""
         model = self.workload.verifier_model or self.model
         tree, kappa = self.sharing == "tree", model.kv_bytes(self.element)
         prefixes = fresh if tree else [before for before, _ in candidates]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .account import DECODE, PARTS, PREFILL_RATE, Account, Efficiency
+from .account import DECODE, PARTS, PREFILL_RATE, Account, Efficiency, ScoringCall
 from .checks import check_choice, check_int, check_number, fail, fail_unknown
 from .hardware import Hardware, as_hardware
 from .shapes import BF16, ModelShape, as_model
@@ -303,6 +303,7 @@ def query_cost(
     watts: float | None = None,
     efficiency: Efficiency | None = None,
     element_bytes: int = BF16,
+    scoring: Sequence[ScoringCall] | None = None,
 ) -> QueryCost:
     """The modelled cost of a query on one device, part by part (the accounting of account.py; the formulas are
     those of Hydragen, arXiv 2402.05099, for KV, the roofline for time).
@@ -316,6 +317,8 @@ def query_cost(
     watts       mean power, for joules
     efficiency  shares of the ceilings that are reached; default all 1, so that seconds are floors
     element_bytes   of weights and KV: 2, bf16; 4 for a run in fp32, on a Hardware whose rate is that of fp32
+
+    scoring     calls of the verifier as a run made them, in place of those that the workload implies
 
     Sharing a prefix of P tokens between N samples of S tokens divides kv_read_bytes by `kv_saving(N, P, S)` at most:
     by about 1 for a short prompt and a long chain of thought. Raises ValueError for a context beyond the model's limit.
@@ -336,7 +339,7 @@ def query_cost(
     workload.check_context(model)
     account = Account(workload, model, hardware, sharing, regime, efficiency, element_bytes)
     account.generate()
-    account.verify()
+    account.verify(scoring)
     parts = {name: Part(*sums) for name, sums in account.scaled().items()}
     return QueryCost(
         workload, model, hardware, sharing, regime, efficiency, price, watts, element_bytes, parts,
