@@ -93,7 +93,10 @@ def main() -> int:
     try:
         where = f"wrote {records.save(record, run.results)}"
     except ValueError as error:
-        where, passed = f"no record: {error}", False
+        aside = run.results / "invalid-record.json"
+        run.results.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(record, indent=1))
+        where, passed = f"no record, but {aside}: {error}", False
     print(table(record))
     print(where)
     return int(not passed)

@@ -157,6 +157,26 @@ def test_a_stage_that_raises_is_a_failed_stage(tmp_path):
     assert got["status"] == "failed" and got["lines"] == ["OSError: no such thing"] and got["budget_s"] == 5
 
 
+def test_the_record_of_a_bench_that_raised_is_valid(tmp_path, monkeypatch, capsys):
+    """And one that is not valid is kept aside."""
+
+    def broken(run, end):
+        raise OSError("no such thing")
+
+    found = {"gpu": False, "software": {"torch": "1"}, "device": {"name": "cpu, dry run", "arch": "", "memory_bytes": 0,
+             "l2_bytes": 0, "multiprocessors": 0}}  # fmt: skip
+    monkeypatch.setattr(pipeline, "describe", lambda run: found)
+    monkeypatch.setattr(pipeline, "STAGES", (stages.Stage("bench", 5, broken, "breaks"),))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--results", str(tmp_path)])
+    assert pipeline.main() == 1
+    (path,) = tmp_path.glob("*/*.json")
+    assert json.loads(path.read_text())["stages"]["bench"]["lines"] == ["OSError: no such thing"]
+    del found["device"]["arch"]
+    assert pipeline.main() == 1
+    assert "expected a member 'arch'" in capsys.readouterr().out
+    assert json.loads((tmp_path / "invalid-record.json").read_text())["stages"]["bench"]["status"] == "failed"
+
+
 def test_a_job_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "WORK", tmp_path)
     child = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'input()'] + [])"
