@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import figures
 from .checks import check_number, fail
 from .formulas import break_even
-from .table import markdown
+from .table import markdown, volume_text
 
-LABELS = {"copies": "external, copies (V0)", "paged": "external, without these kernels (V1)",
-          "tree": "external, with these kernels (V2)"}  # fmt: skip
-COLOURS = {"internal": "#000000", "copies": "#999999", "paged": "#D55E00", "tree": "#0072B2"}  # Okabe and Ito
-DASHES = {"internal": "-", "copies": ":", "paged": "--", "tree": "-."}
+SCALES = {
+    "as given": {},
+    "training x 0.5": {"train": 0.5},
+    "training x 2": {"train": 2.0},
+    "external x 0.5": {"external": 0.5},
+    "external x 2": {"external": 2.0},
+    "internal x 0.5": {"internal": 0.5},
+    "internal x 2": {"internal": 2.0},
+}
 
 
 @dataclass(frozen=True)
@@ -38,44 +43,20 @@ class Comparison:
             return self.train_cost + queries * self.internal
         return queries * self.external[side]
 
+    def sensitivity_rows(self) -> list[list[str]]:
+        """Break-even volumes by sharing, with each cost halved and doubled."""
+        return [
+            [label, *(volume_text(self.volume(sharing, **scale)) for sharing in self.external)]
+            for label, scale in SCALES.items()
+        ]
+
     def sensitivity(self) -> str:
-        """Break-even volumes with each cost halved and doubled."""
-        rows = []
-        for label, scale in (
-            ("as given", {}),
-            ("training x 0.5", {"train": 0.5}),
-            ("training x 2", {"train": 2.0}),
-            ("external x 0.5", {"external": 0.5}),
-            ("external x 2", {"external": 2.0}),
-            ("internal x 0.5", {"internal": 0.5}),
-            ("internal x 2", {"internal": 2.0}),
-        ):
-            rows.append([label, *(volume_text(self.volume(sharing, **scale)) for sharing in self.external)])
-        return markdown(("break-even, queries", *self.external), rows)
+        return markdown(("break-even, queries", *self.external), self.sensitivity_rows())
 
     def plot(self, path: str | Path, caption: str) -> None:
         """Total cost against queries, as SVG or PNG by the name. Needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError:
-            raise RuntimeError("matplotlib is not installed; pip install 'tts-kernels[bench]'") from None
-        volumes = [v for v in map(self.volume, self.external) if math.isfinite(v) and v > 0]
-        middle = math.exp(sum(map(math.log, volumes)) / len(volumes)) if volumes else 1e6
-        queries = [middle * 10 ** (i / 20) for i in range(-40, 41)]
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
-        axes = figure.add_subplot()
-        for side in ("internal", *self.external):
-            label = "internal: trained once" if side == "internal" else LABELS[side]
-            totals = [self.total(side, q) for q in queries]
-            axes.plot(queries, totals, label=label, color=COLOURS[side], linestyle=DASHES[side], linewidth=2)
-        for volume in volumes:
-            axes.axvline(volume, color="#999999", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="queries", ylabel=f"total cost, {self.currency}")
-        axes.set_title("Training once against sampling for every query, at equal accuracy", fontsize=11)
-        axes.legend(frameon=False)
-        axes.grid(True, which="major", linewidth=0.4, alpha=0.6)
-        figure.supxlabel(caption, fontsize=7)
-        figure.savefig(path, dpi=150)
+        path = Path(path)
+        path.write_bytes(figures.image(figures.draw(figures.break_even, self, caption), path.suffix[1:].lower()))
 
 
 def compare(
@@ -105,10 +86,6 @@ def compare(
     for sharing, cost in external.items():
         check_number(f"external[{sharing!r}]", cost, least=0)
     return Comparison(train_cost, internal, dict(external), internal_accuracy, external_accuracy, currency)
-
-
-def volume_text(volume: float) -> str:
-    return "never" if math.isinf(volume) else f"{volume:,.0f}" if volume < 1e7 else f"{volume:.3g}"
 
 
 def cheapest(comparison: Comparison, queries: float, sides: Sequence[str]) -> str:

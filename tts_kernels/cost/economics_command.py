@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .account import Efficiency
 from .checks import check_number, fail
-from .economics import Comparison, cheapest, compare, volume_text
+from .economics import Comparison, cheapest, compare
 from .hardware import Hardware
 from .options import (
     add_common_arguments,
@@ -25,7 +25,7 @@ from .options import (
 )
 from .query import Price, query_cost
 from .scenario import Scenario
-from .table import caption, costs_of, markdown, number
+from .table import caption, costs_of, markdown, number, volume_text
 from .traces import Traces
 from .workload import Lognormal, Workload
 
@@ -40,14 +40,8 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_examples(parser, EXAMPLES)
     add = parser.add_argument
-    add("--train-cost", metavar="MONEY", required=True, help="of training once, with its currency: '14 USD'")
     add("--queries", type=float, required=True, help="queries over the life of the model")
-    add("--internal", metavar="SCENARIO", default="A", help="its first candidate alone, unverified, is a query of the "
-        "trained model (default %(default)s)")  # fmt: skip
-    add("--external", metavar="SCENARIO", default="B", help="a query of the sampled side (default %(default)s); traces "
-        "take its place")  # fmt: skip
-    add("--internal-accuracy", type=float, help="of the trained model")
-    add("--external-accuracy", type=float, help="of the sampled side; from the traces where there are any")
+    add_comparison_arguments(parser, required=True)
     add_common_arguments(parser)
     add_trace_arguments(parser)
     add("--model", metavar="NAME", help="of the traces: a preset or the path of a config.json")
@@ -56,33 +50,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", type=Path, help="write all figures to FILE")
 
 
+def add_comparison_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    add = parser.add_argument
+    add("--train-cost", metavar="MONEY", required=required, help="of training once, with its currency: '14 USD'")
+    add("--internal", metavar="SCENARIO", default="A", help="its first candidate alone, unverified, is a query of the "
+        "trained model (default %(default)s)")  # fmt: skip
+    add("--external", metavar="SCENARIO", default="B", help="a query of the sampled side (default %(default)s); traces "
+        "take its place")  # fmt: skip
+    add("--internal-accuracy", type=float, help="of the trained model")
+    add("--external-accuracy", type=float, help="of the sampled side; from the traces where there are any")
+
+
 def main(args: argparse.Namespace) -> int:
     """Print the break-even volume of training against sampling. Exit status 0; a comparison at unequal accuracy is an
     error."""
     check_output(args.json)
     check_output(args.plot)
     hardware, efficiency = device_of(args)
-    price, regime = price_of(args), money_regime(args)
-    train_cost = amount_of("--train-cost", args.train_cost, price)
+    regime = money_regime(args)
     queries = check_number("--queries", args.queries, least=0)
-    inner = Scenario.load(args.internal).with_n(1)
-    single = query_cost(
-        dataclasses.replace(inner.workload, suffix=_mean(inner.workload), queries=1), inner.model, hardware,
-        regime=regime, efficiency=efficiency, price=price,
-    )  # fmt: skip
-    if args.traces:
-        if args.external_accuracy is not None:
-            fail("--external-accuracy", "none beside --traces, which have their own", args.external_accuracy)
-        accuracy, external, source = _external_of_traces(args, hardware, efficiency, price)
-    else:
-        outer = Scenario.load(args.external)
-        costs = costs_of(outer, hardware, regime, efficiency, price=price)
-        accuracy, external = args.external_accuracy, {s: costs[s].money for s in ("paged", "tree")}
-        source = f"{outer.id} {outer.name}, N = {outer.workload.n}, {outer.model.name}"
-    found = compare(train_cost, single.money, external, internal_accuracy=args.internal_accuracy,
-                    external_accuracy=accuracy, currency=price.currency)  # fmt: skip
-    print(caption(hardware, regime, efficiency, "costs (model)") + f"; {price.amount:g} {price.currency} a GPU hour")
-    print(f"internal: {inner.id} {inner.name}, one candidate, {inner.model.name}; accuracy {found.internal_accuracy:g}")
+    traces = Traces.read(args.traces) if args.traces else None
+    found, internal, source = comparison_of(args, hardware, efficiency, traces)
+    money = f"{price_of(args).amount:g} {found.currency} a GPU hour"
+    print(caption(hardware, regime, efficiency, "costs (model)") + f"; {money}")
+    print(f"internal: {internal}; accuracy {found.internal_accuracy:g}")
     print(f"external: {source}; accuracy {found.external_accuracy:g}, at least as high: costs are compared\n")
     print(_economics_table(found, queries) + "\n")
     print(found.sensitivity())
@@ -95,6 +86,31 @@ def main(args: argparse.Namespace) -> int:
     }  # fmt: skip
     write_json(args.json, figures)
     return 0
+
+
+def comparison_of(
+    args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency, traces: Traces | None
+) -> tuple[Comparison, str, str]:
+    """What the arguments ask to compare, and in words its internal and its external side."""
+    price, regime = price_of(args), money_regime(args)
+    train_cost = amount_of("--train-cost", args.train_cost, price)
+    inner = Scenario.load(args.internal).with_n(1)
+    single = query_cost(
+        dataclasses.replace(inner.workload, suffix=_mean(inner.workload), queries=1), inner.model, hardware,
+        regime=regime, efficiency=efficiency, price=price,
+    )  # fmt: skip
+    if traces:
+        if args.external_accuracy is not None:
+            fail("--external-accuracy", "none beside --traces, which have their own", args.external_accuracy)
+        accuracy, external, source = _external_of_traces(args, traces, hardware, efficiency, price)
+    else:
+        outer = Scenario.load(args.external)
+        costs = costs_of(outer, hardware, regime, efficiency, price=price)
+        accuracy, external = args.external_accuracy, {s: costs[s].money for s in ("paged", "tree")}
+        source = f"{outer.id} {outer.name}, N = {outer.workload.n}, {outer.model.name}"
+    found = compare(train_cost, single.money, external, internal_accuracy=args.internal_accuracy,
+                    external_accuracy=accuracy, currency=price.currency)  # fmt: skip
+    return found, f"{inner.id} {inner.name}, one candidate, {inner.model.name}", source
 
 
 def _economics_table(found: Comparison, queries: float) -> str:
@@ -114,12 +130,12 @@ def _economics_table(found: Comparison, queries: float) -> str:
 
 
 def _external_of_traces(
-    args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency, price: Price
+    args: argparse.Namespace, traces: Traces, hardware: Hardware, efficiency: Efficiency, price: Price
 ) -> tuple[float, dict[str, float], str]:
     """The smallest N of the traces that reaches the internal accuracy; the best one where none does."""
     if not args.model:
         fail("--model", "the model that the samples are of", "none")
-    curves = curves_of(args, Traces.read(args.traces), hardware, efficiency, price)
+    curves = curves_of(args, traces, hardware, efficiency, price)
     points = curves["tree"]
     enough = [i for i, point in enumerate(points) if point.accuracy.value >= (args.internal_accuracy or 0)]
     index = enough[0] if enough else max(range(len(points)), key=lambda i: points[i].accuracy.value)

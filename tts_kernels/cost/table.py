@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from .account import PARTS, Efficiency
@@ -60,7 +61,12 @@ def costs_of(
 
 
 def scenario_table(costs: dict[str, dict[str, QueryCost]]) -> str:
-    """A line for each scenario: GPU seconds of a query, or money where there is a price. costs: by label, sharing."""
+    """A line for each scenario, see `scenario_rows`."""
+    return markdown(HEADER, scenario_rows(costs))
+
+
+def scenario_rows(costs: dict[str, dict[str, QueryCost]]) -> list[tuple[str, ...]]:
+    """Under HEADER: GPU seconds of a query, or money where there is a price. costs: by label, sharing."""
     rows = []
     for label, of in costs.items():
         work, paged, tree = of["tree"].workload, of["paged"], of["tree"]
@@ -69,7 +75,7 @@ def scenario_table(costs: dict[str, dict[str, QueryCost]]) -> str:
         rows.append(
             (
                 label,
-                work.n,
+                str(work.n),
                 number(work.sharing_ratio),
                 ratio(kv_saving(work.n, prefix, suffix)) if work.search == "best_of_n" else "",
                 ratio(paged.kv_read_bytes / tree.kv_read_bytes),
@@ -80,7 +86,7 @@ def scenario_table(costs: dict[str, dict[str, QueryCost]]) -> str:
                 number(tree.m),
             )
         )
-    return markdown(HEADER, rows)
+    return rows
 
 
 def part_table(costs: dict[str, QueryCost]) -> str:
@@ -165,3 +171,7 @@ def number(value: float | None) -> str:
     if abs(value) < 1e-3 or abs(value) >= 1e6:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def volume_text(volume: float) -> str:
+    return "never" if math.isinf(volume) else f"{volume:,.0f}" if volume < 1e7 else f"{volume:.3g}"

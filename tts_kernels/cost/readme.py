@@ -1,0 +1,55 @@
+"""The figure and the table of costs in the README, made from the same numbers as a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import figures, sections
+from .checks import fail
+from .sections import Study, label_of
+from .table import HEADER, caption, markdown, ratio, scenario_rows
+
+BEGIN = "<!-- costs: begin, written by `tts-kernels report --readme README.md` -->"
+END = "<!-- costs: end -->"
+FIGURE = "docs/what-sharing-buys.svg"
+COLUMNS = ("scenario", "N", "KV bound", "KV V1/V2", "V0", "V1", "V2", "V1/V2", "decode V1/V2")
+
+
+def block(study: Study, alt: str) -> str:
+    """What stands between the markers. Nothing in it changes with the commit or the day; the figure says both."""
+    chosen = [HEADER.index(name) for name in COLUMNS]
+    regimes = {
+        regime: {label_of(s): study.costs(s, s.workload.n, regime) for s in study.scenarios}
+        for regime in ("isolated", "saturated")
+    }
+    saturated = [ratio(of["paged"].seconds / of["tree"].seconds) for of in regimes["saturated"].values()]
+    rows = [
+        [*(row[i] for i in chosen), full]
+        for row, full in zip(scenario_rows(regimes["isolated"]), saturated, strict=True)
+    ]
+    assumptions = caption(study.hardware, "isolated", study.efficiency, "Model, not measured").partition("\n")[2]
+    return "\n".join(
+        [
+            BEGIN,
+            f"![{alt}]({FIGURE})",
+            "",
+            f"{assumptions}. GPU seconds of a query alone on the device; last column: other queries fill the batch.",
+            "",
+            markdown((*COLUMNS, "saturated V1/V2"), rows),
+            END,
+        ]
+    )
+
+
+def write(path: Path, study: Study) -> list[Path]:
+    """Rewrite the block in the README and the figure beside it. Returns the files written."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        fail(str(path), f"one line {BEGIN} and below it one line {END}", "other markers, or none")
+    section = sections.headline(study)
+    figure = path.parent / FIGURE
+    figure.parent.mkdir(exist_ok=True)
+    figure.write_bytes(figures.image(section.figure, "svg"))
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    path.write_text(before + block(study, section.alt) + after, encoding="utf-8")
+    return [figure, path]
