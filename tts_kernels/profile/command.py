@@ -161,6 +161,9 @@ def load(args: argparse.Namespace, text: str) -> Query:
         fail("--sizes", "none where both models are given", args.sizes)
     if args.recipe and not args.verifier:
         fail("--recipe", "none without --verifier", args.recipe)
+    for option, path in (("--model", args.model), ("--verifier", args.verifier)):
+        if path and not Path(path).is_dir():
+            fail(option, "the folder of a local model", path)
     if args.model:
         model = pretrained(args.model, dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)

@@ -20,6 +20,7 @@ from tts_kernels.verifier import Verifier
 
 from .clock import Clock, joules
 from .meter import Meter, replaced
+from .work import common_prefix
 
 BATCH = 8  # candidates that stock code scores at a time, as search-and-learn does
 WITHIN = 0.02  # of the wall time: how far the sum of the parts may be from it
@@ -162,14 +163,14 @@ def scoring_calls(query: Query, way: str, result: SearchResult) -> list[ScoringC
         verifier.encode("candidate", query.question, verifier.recipe.split(c.text))[0] for c in result.candidates
     ]
     ids = [sequence.ids for sequence in sequences]
-    packed = pack(ids)
-    # All begin alike up to the first fork: the root, unless they differ from the first token on.
-    shared = packed.length[0] if packed.parent.count(-1) == 1 else 0
+    shared = common_prefix(ids)
     if way == "tree":
-        begin = [0] * len(packed.length)
-        for node, parent in enumerate(packed.parent):
-            begin[node] = begin[parent] + packed.length[parent] if parent >= 0 else 0
-        own = [(at, tokens) for at, tokens in zip(begin, packed.length) if at >= shared]
+        packed, ends, own = pack(ids), [], []
+        for parent, tokens in zip(packed.parent, packed.length):
+            begin = ends[parent] if parent >= 0 else 0
+            ends.append(begin + tokens)
+            if ends[-1] > shared:
+                own.append((max(begin, shared), ends[-1] - max(begin, shared)))
         return [ScoringCall(own, [shared] if shared else [], 0, sum(len(s.positions) for s in sequences))]
     size, calls = 1 if way == "paged" else BATCH, []
     for i in range(0, len(ids), size):
