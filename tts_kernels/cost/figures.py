@@ -54,7 +54,9 @@ def new_figure(width: float, height: float, provenance: str) -> Figure:
     except ModuleNotFoundError:
         raise RuntimeError("matplotlib is not installed; pip install 'tts-kernels[bench]'") from None
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.supxlabel("\n".join(textwrap.wrap(provenance, int(15.5 * width))), fontsize=7.5, color="#444444")
+    pieces = [piece if len(piece) > 50 else piece.replace(" ", "\xa0") for piece in provenance.split(" · ")]
+    lines = textwrap.wrap(" · ".join(pieces), int(15.5 * width))
+    figure.supxlabel("\n".join(lines), fontsize=7.5, color="#444444")
     return figure
 
 
@@ -91,6 +93,7 @@ def headline(
         [row[panel] for rows in tracks.values() for row in rows for panel in panels]
         + [point["ratio"] for point in measured] + [2.0]
     )  # fmt: skip
+    bottom = 0.8 * min([point["ratio"] for point in measured] + [1.0])
     for ax, panel in zip(axes, panels):
         ax.plot(
             line, [1 + x for x in line], "--", color="#444444", linewidth=1.2, label="ceiling 1 + 2P/S (KV reads only)"
@@ -98,10 +101,10 @@ def headline(
         ax.axhline(1, color="#444444", linewidth=0.8)
         for i, (label, rows) in enumerate(tracks.items()):
             _track(ax, i, label, [(row["x"], row[panel], row["own"]) for row in rows])
-        ax.set(title=panel, xscale="log", yscale="log", xlim=(low, high), ylim=(0.8, top))
+        ax.set(title=panel, xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
         ax.set_xlabel("2P/S: twice the shared over a candidate's own tokens (ratio)")
         _plain_log(ax.xaxis, (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100))
-        _plain_log(ax.yaxis, (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50))
+        _plain_log(ax.yaxis, (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50))
         ax.grid(True, linewidth=0.4, alpha=0.6)
     for point in measured:
         axes[0].plot(point["x"], point["ratio"], "*", color="#D55E00", markeredgecolor="black", markersize=15)
@@ -162,7 +165,7 @@ def stacks(
     """Seconds of the ten parts. panels: by label, by name of the bar, seconds by part; None: it does not fit."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(max(7.0, 2.65 * columns), 2.9 * rows + 1.4, provenance)
+    figure = new_figure(max(7.5, 2.65 * columns), 2.9 * rows + 1.4, provenance)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for i, (ax, (label, bars)) in enumerate(zip(grid, panels.items())):
         bottoms = dict.fromkeys(bars, 0.0)
@@ -184,8 +187,8 @@ def stacks(
         ax.tick_params(axis="x", labelsize=9)
     for ax in grid[len(panels) :]:
         ax.set_visible(False)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9,
-                  handlelength=2.4, handleheight=1.3)  # fmt: skip
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=5 if columns > 2 else 4,
+                  frameon=False, fontsize=9, handlelength=2.4, handleheight=1.3)  # fmt: skip
     return figure
 
 

@@ -6,7 +6,6 @@ import base64
 from collections.abc import Iterable
 from html import escape
 
-from . import figures
 from .sections import Section, Table
 
 PAGE = """<!DOCTYPE html>
@@ -79,7 +78,7 @@ def section_html(section: Section) -> str:
     if section.missing:
         lines.append(f'<p class="missing"><strong>No figure.</strong> {escape(section.missing)}</p>')
     if section.figure:
-        data = base64.b64encode(figures.image(section.figure, "svg")).decode()
+        data = base64.b64encode(section.svg).decode()
         lines += [
             f'<figure><div class="scroll"><img src="data:image/svg+xml;base64,{data}" alt="{escape(section.alt)}">',
             f"</div><figcaption>{escape(section.provenance)}</figcaption></figure>",

@@ -99,8 +99,8 @@ def main(args: argparse.Namespace) -> int:
             print(f"[{i}/{len(steps)}] {title} .. ", end="", file=sys.stderr, flush=True)
             section = make()
             if args.figures and section.figure:
-                for format in ("svg", "png"):
-                    (args.figures / f"{name}.{format}").write_bytes(figures.image(section.figure, format))
+                (args.figures / f"{name}.svg").write_bytes(section.svg)
+                (args.figures / f"{name}.png").write_bytes(figures.image(section.figure, "png"))
             made.append(section)
             write("Not made yet.")
             print(f"{time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,10 @@ class Section:
     figure: Figure | None = None
     tables: Sequence[Table] = ()
 
+    @functools.cached_property
+    def svg(self) -> bytes:
+        return figures.image(self.figure, "svg")
+
 
 @dataclass
 class Study:
@@ -59,7 +64,7 @@ class Study:
     scenarios: list[Scenario]
     hardware: Hardware
     efficiency: Efficiency
-    counts: Sequence[int] = COUNTS
+    counts: Sequence[int] = field(default_factory=lambda: COUNTS)
     _kept: dict[tuple, dict[str, QueryCost]] = field(default_factory=dict)
 
     def costs(self, scenario: Scenario, n: int, regime: str) -> dict[str, QueryCost]:
