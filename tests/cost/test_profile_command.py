@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -127,6 +128,12 @@ def test_no_figure_is_printed_where_answers_differ(short, capsys, monkeypatch):
         (["--verifier", "missing", "--recipe", "trl"], "--verifier: expected the folder of a local model, got missing"),
         (["--model", "missing"], "--model: expected the folder of a local model, got missing"),
         (["--backend", "abacus"], "abacus"),
+        (["--device", "abacus"], "abacus"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device: expected a device of this machine, which has no CUDA, got cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+        ),
         (["--temperature", "-1"], "temperature"),
     ],
 )

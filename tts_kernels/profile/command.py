@@ -66,6 +66,8 @@ def main(args: argparse.Namespace) -> int:
     ways = ways_of(args.ways)
     if args.max_new_tokens < 2:
         fail("--max-new-tokens", "at least 2: the first token needs no decode step", args.max_new_tokens)
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        fail("--device", "a device of this machine, which has no CUDA", args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

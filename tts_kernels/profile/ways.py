@@ -87,11 +87,11 @@ class Query:
 class Profile:
     """One way, measured.
 
-    cost      modelled and measured, by part
-    flops     counted, by part
+    cost           modelled and measured, by part
+    flops          counted, by part
     wall_seconds   of the whole query
-    joules    of the GPU meanwhile; None where they are not counted
-    ids       tokens of the candidates
+    joules         of the GPU meanwhile; None where they are not counted
+    ids            tokens of the candidates
     """
 
     way: str
@@ -142,12 +142,12 @@ def modelled(query: Query, way: str, hardware: Hardware, result: SearchResult, m
         lengths = [max(lengths)] * len(lengths)
     verifier = query.verifier
     model = verifier.models[0]
-    kinds = {"vocab_rows": "vocab", "mlp": "mlp", "linear": "linear"}
-    if model.get_output_embeddings() is None and verifier.recipe.head.kind == "vocab_rows":
-        kinds["vocab_rows"] = "linear"
+    kind = {"vocab_rows": "vocab", "mlp": "mlp", "linear": "linear"}[verifier.recipe.head.kind]
+    if kind == "vocab" and model.get_output_embeddings() is None:
+        kind = "linear"
     workload = Workload(
         query.n, meter.prompt, tuple(lengths), verifier="none" if query.n == 1 else "prm",
-        verifier_model=ModelShape.from_config(model.config), verifier_head=kinds[verifier.recipe.head.kind],
+        verifier_model=ModelShape.from_config(model.config), verifier_head=kind,
         steps=max((len(c.steps) for c in result.candidates), default=1) or 1, name="profiled",
     )  # fmt: skip
     return query_cost(
