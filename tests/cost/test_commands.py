@@ -10,7 +10,7 @@ import pytest
 
 from tts_kernels import ceilings, cli
 from tts_kernels.cost.economics import compare
-from tts_kernels.cost.traces import synthetic
+from tts_kernels.cost.traces import Traces, synthetic
 
 
 @pytest.fixture
@@ -20,10 +20,10 @@ def traces(tmp_path):
     return str(file)
 
 
-def run(capsys, *arguments, status=0):
+def run(capsys, *arguments, status=0, stdout=False):
     assert cli.main(list(arguments)) == status
     captured = capsys.readouterr()
-    return captured.err if status else captured.out
+    return captured.err if status and not stdout else captured.out
 
 
 def test_all_scenarios(capsys, tmp_path):
@@ -124,6 +124,20 @@ def test_traces(capsys, traces, tmp_path):
     assert len(json.loads(file.read_text())) == 8
     out = run(capsys, "cost", "--traces", traces, "--model", "qwen3-8b", "--price", "2 EUR", "--method", "majority")
     assert "accuracy, majority" in out and "EUR" in out
+
+
+def test_traces_interrupted(capsys, traces, monkeypatch):
+    """What was finished is printed and written."""
+    accuracy = Traces.accuracy
+
+    def interrupt(self, n, *arguments, **options):
+        if n == 4:
+            raise KeyboardInterrupt
+        return accuracy(self, n, *arguments, **options)
+
+    monkeypatch.setattr(Traces, "accuracy", interrupt)
+    out = run(capsys, "cost", "--traces", traces, "--model", "qwen3-8b", "--price", "2 USD", status=130, stdout=True)
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["1", "2"]
 
 
 OWN = ("--prompt", "3", "--suffix", "5", "--model", "qwen3-8b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 from .account import Efficiency
@@ -27,7 +28,7 @@ from .options import (
 from .query import SHARINGS
 from .scenario import Scenario, scenarios
 from .table import caption, costs_of, markdown, part_table, scenario_table, summary_table
-from .traces import METHODS, Traces, best_n
+from .traces import METHODS, Point, Traces, best_n
 from .workload import SEARCHES, VERIFIERS, Lognormal, Workload
 
 EXAMPLES = """examples:
@@ -66,16 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what queries cost. Exit status 0."""
+    """Print what queries cost. Exit status 0; 130 where it was interrupted, after the table of what was finished."""
     check_output(args.json)
     hardware, efficiency = device_of(args)
+    complete = True
     if args.traces:
-        figures = _print_traces(args, hardware, efficiency)
+        figures, complete = _print_traces(args, hardware, efficiency)
     else:
         chosen = _chosen(args)
         figures = (_print_scenarios if len(chosen) > 1 else _print_one)(args, chosen, hardware, efficiency)
     write_json(args.json, figures)
-    return 0
+    return 0 if complete else 130
 
 
 def _chosen(args: argparse.Namespace) -> list[Scenario]:
@@ -158,19 +160,31 @@ def _kind(costs) -> str:
     return kinds.pop() if len(kinds) == 1 else "model and measured"
 
 
-def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency) -> list:
+def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency) -> tuple[list, bool]:
+    """Figures, and whether all N were reached: votes over many questions take minutes."""
     traces, price = Traces.read(args.traces), price_of(args)
     if not args.model:
         fail("--model", "the model that the samples are of", "none")
-    curves = curves_of(args, traces, hardware, efficiency, price)
     regime = money_regime(args)
     print(caption(hardware, regime, efficiency, "costs (model)"))
     print(f"accuracies (of the traces): {args.traces}, {len(traces.questions)} questions; 95% bootstrap over them\n")
     method, rows, figures = args.method or "best_of_n", [], []
     shown = [other for other in _shown(traces) if other != method]
-    for paged, tree in zip(curves["paged"], curves["tree"]):
+    curves: dict[str, list[Point]] = {"paged": [], "tree": []}
+    counts, complete = traces.counts(), True
+    for n in counts:
+        print(f"N = {n} of {counts[-1]} ..", file=sys.stderr)
+        try:
+            points = curves_of(args, traces, hardware, efficiency, price, [n])
+            others = [traces.accuracy(n, other, aggregate=args.aggregate).value for other in shown]
+        except KeyboardInterrupt:
+            print("interrupted: what follows ends before that N", file=sys.stderr)
+            complete = False
+            break
+        (paged,), (tree,) = points["paged"], points["tree"]
+        curves["paged"].append(paged)
+        curves["tree"].append(tree)
         found = tree.accuracy
-        others = [traces.accuracy(tree.n, other, aggregate=args.aggregate).value for other in shown]
         rows.append(
             [
                 str(tree.n),
@@ -190,12 +204,12 @@ def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Effi
             rows,
         )
     )  # fmt: skip
-    if args.value:
+    if args.value and rows:
         value = amount_of("--value", args.value, price)
         for label, sharing in (("V1", "paged"), ("V2", "tree")):
             best = best_n(curves[sharing], value)
             print(f"{label}: at {value:g} {money} a solved query, N = {best.n} is worth most")
-    return figures
+    return figures, complete
 
 
 def _shown(traces: Traces) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from .account import PLANNED, Efficiency
@@ -36,15 +37,17 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def curves_of(
-    args: argparse.Namespace, traces: Traces, hardware: Hardware, efficiency: Efficiency, price: Price
-) -> dict[str, list[Point]]:
+    args: argparse.Namespace, traces: Traces, hardware: Hardware, efficiency: Efficiency, price: Price,
+    counts: Sequence[int] | None = None,
+) -> dict[str, list[Point]]:  # fmt: skip
+    """By sharing, a point for each number of samples (default: all of `traces.counts()`)."""
     method = args.method or "best_of_n"
     verifier = getattr(args, "verifier", None) or ("prm" if method in ("best_of_n", "weighted_vote") else "none")
     model = getattr(args, "verifier_model", None)
     return {
         sharing: traces.curve(
-            traces.counts(), model_named(args.model), hardware, method=method, aggregate=args.aggregate, price=price,
-            sharing=sharing, regime=money_regime(args), efficiency=efficiency, prompt=args.prompt, verifier=verifier,
+            counts or traces.counts(), model_named(args.model), hardware, method=method, aggregate=args.aggregate,
+            price=price, sharing=sharing, regime=money_regime(args), efficiency=efficiency, prompt=args.prompt, verifier=verifier,
             verifier_model=model_named(model) if model else None,
         )
         for sharing in ("paged", "tree")

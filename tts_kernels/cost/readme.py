@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from . import sections
 from .checks import fail
 from .sections import Study, label_of
-from .table import HEADER, caption, markdown, ratio, scenario_rows
+from .table import HEADER, markdown, ratio, scenario_rows
 
 BEGIN = "<!-- costs: begin, written by `tts-kernels report --readme README.md` -->"
 END = "<!-- costs: end -->"
@@ -33,13 +34,16 @@ def block(study: Study) -> str:
         "ceiling of KV reads, 1 + 2P/S, as a dashed line. "
         + ", ".join(f"{label} {value}" for label, value in ratios.items())
     )
-    assumptions = caption(study.hardware, "isolated", study.efficiency, "Model, not measured").partition("\n")[2]
+    words = (
+        f"A model, not measured: {study.device}. GPU seconds of a query alone on the device; in the last column other "
+        "queries fill its batch."
+    )
     return "\n".join(
         [
             BEGIN,
             f"![{alt}]({FIGURE})",
             "",
-            f"{assumptions}. GPU seconds of a query alone on the device; last column: other queries fill the batch.",
+            textwrap.fill(words, 120),
             "",
             markdown((*COLUMNS, "saturated V1/V2"), rows),
             END,

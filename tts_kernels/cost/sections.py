@@ -80,14 +80,18 @@ class Study:
         own = scenario.workload.n
         return [own] if isinstance(scenario.workload.suffix, tuple) else sorted({*self.counts, own})
 
-    def brief(self, kind: str = "modelled, not measured") -> str:
-        """Provenance in a line: under each drawing, which may be copied without its page."""
+    @property
+    def device(self) -> str:
         device, share = self.hardware, self.efficiency
         source = "ceilings measured here" if device.source.startswith("measured") else "data sheet"
         return (
-            f"{kind} · {device.name} ({source}, {device.date}), bf16, at {share.bandwidth:.0%} of bandwidth, "
-            f"{share.compute:.0%} / {share.prefill:.0%} of FLOP/s (decode / prefill) · {revision()} · {today()}"
+            f"{device.name} ({source}, {device.date}), bf16, at {share.bandwidth:.0%} of bandwidth, "
+            f"{share.compute:.0%} / {share.prefill:.0%} of FLOP/s (decode / prefill)"
         )
+
+    def brief(self, kind: str = "modelled, not measured") -> str:
+        """Provenance in a line: under each drawing, which may be copied without its page."""
+        return f"{kind} · {self.device} · {revision()} · {today()}"
 
     def provenance(self, regime: str, figures: str = "modelled, not measured") -> str:
         text = caption(self.hardware, regime, self.efficiency, figures).partition("\n")[2]
