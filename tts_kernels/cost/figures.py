@@ -108,7 +108,8 @@ def headline(
         ax.grid(True, linewidth=0.4, alpha=0.6)
     for point in measured:
         axes[0].plot(point["x"], point["ratio"], "*", color="#D55E00", markeredgecolor="black", markersize=15)
-        axes[0].annotate(f"{point['label']}, measured", (point["x"], point["ratio"]), (9, 7),
+        place, side = ((-10, -3), "right") if point["x"] ** 2 > low * high else ((10, -3), "left")
+        axes[0].annotate(f"{point['label']}, measured", (point["x"], point["ratio"]), place, ha=side,
                          textcoords="offset points", fontsize=9)  # fmt: skip
     axes[0].set_ylabel("V1/V2: cost of a whole query (ratio)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9)
@@ -117,6 +118,8 @@ def headline(
 
 def _track(ax: Axes, index: int, label: str, points: Sequence[tuple[float, float, bool]]) -> None:
     """The own point of a scenario is large, with its id beside it, on alternating sides; that of the control below."""
+    from matplotlib.patheffects import withStroke
+
     colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
     ax.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker, markersize=3.5,
             linewidth=1, alpha=0.75)  # fmt: skip
@@ -126,7 +129,8 @@ def _track(ax: Axes, index: int, label: str, points: Sequence[tuple[float, float
         if own:
             ax.plot(x, y, marker, color=colour, markersize=9, markeredgecolor="white", label=label, linestyle="none")
             ax.annotate(f"{name}: control" if control else name, (x, y), place, ha=side, textcoords="offset points",
-                        fontsize=10, fontweight="bold")  # fmt: skip
+                        fontsize=10, fontweight="bold", path_effects=[withStroke(linewidth=3, foreground="white")],
+                        zorder=4)  # fmt: skip
 
 
 def growth(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]], provenance: str) -> Figure:
@@ -228,13 +232,13 @@ def break_even(comparison, provenance: str, note: str = "") -> Figure:
     axes.plot(queries, [comparison.total("internal", q) for q in queries], color="black", linewidth=2,
               linestyle="-.", label="internal: trained once")  # fmt: skip
     for sharing, volume in volumes.items():
+        crossing = f"break-even at {volume_text(volume)} queries" if volume in finite else "no break-even"
         axes.plot(queries, [comparison.total(sharing, q) for q in queries], color=SHARING_COLOURS[sharing],
                   linestyle=SHARING_DASHES[sharing], linewidth=2,
-                  label=f"external, {SHARING_LABELS[sharing]}")  # fmt: skip
+                  label=f"external, {SHARING_LABELS[sharing]}: {crossing}")  # fmt: skip
         if volume in finite:
             axes.plot(volume, comparison.total(sharing, volume), SHARING_MARKERS[sharing], markersize=9,
-                      color=SHARING_COLOURS[sharing], markeredgecolor="white",
-                      label=f"break-even with {SHARING_LABELS[sharing]}: {volume_text(volume)} queries")  # fmt: skip
+                      color=SHARING_COLOURS[sharing], markeredgecolor="white", zorder=3)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="queries over the life of the model (number)")
     axes.set_ylabel(f"total cost ({comparison.currency})")
     axes.set_title(f"Training once against sampling for every query, at equal accuracy{note}", fontsize=11)

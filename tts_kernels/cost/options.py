@@ -47,8 +47,8 @@ def curves_of(
     return {
         sharing: traces.curve(
             counts or traces.counts(), model_named(args.model), hardware, method=method, aggregate=args.aggregate,
-            price=price, sharing=sharing, regime=money_regime(args), efficiency=efficiency, prompt=args.prompt, verifier=verifier,
-            verifier_model=model_named(model) if model else None,
+            price=price, sharing=sharing, regime=money_regime(args), efficiency=efficiency, prompt=args.prompt,
+            verifier=verifier, verifier_model=model_named(model) if model else None,
         )
         for sharing in ("paged", "tree")
     }  # fmt: skip

@@ -146,6 +146,8 @@ def headline(study: Study, measured: Sequence[Mapping] = ()) -> Section:
             rows.append(
                 [label_of(scenario), str(n), number(x), ratio(1 + x), *cells, "yes" if fits else "no, not drawn"]
             )
+    devices = ", ".join(dict.fromkeys(point["device"] for point in measured))
+    kind = f"stars measured on {devices}; all else modelled" if measured else "modelled, not measured"
     control = next((row for row in rows if "(control)" in row[0]), None)
     tables = [
         Table(
@@ -175,11 +177,8 @@ def headline(study: Study, measured: Sequence[Mapping] = ()) -> Section:
         "alone; weights, which everyone reads, keep generation below it. A point can lie above the line only because "
         "its verifier saves as well: V1's scorers encode the prompt anew for each candidate. Decode alone is in the "
         "table. A track joins the same scenario with rising N; the large mark is the scenario's own N.",
-        alt=alt, provenance=study.provenance("isolated", "modelled, not measured" if not measured else
-                                             "modelled; stars were measured (device in the table)"),
-        figure=figures.draw(figures.headline, tracks, measured, tuple(REGIMES),
-                            study.brief("modelled; stars measured" if measured else "modelled, not measured")),
-        tables=tables,
+        alt=alt, provenance=study.provenance("isolated", kind),
+        figure=figures.draw(figures.headline, tracks, measured, tuple(REGIMES), study.brief(kind)), tables=tables,
     )  # fmt: skip
 
 
