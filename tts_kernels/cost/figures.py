@@ -118,8 +118,6 @@ def headline(
 
 def _track(ax: Axes, index: int, label: str, points: Sequence[tuple[float, float, bool]]) -> None:
     """The own point of a scenario is large, with its id beside it, on alternating sides; that of the control below."""
-    from matplotlib.patheffects import withStroke
-
     colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
     ax.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker, markersize=3.5,
             linewidth=1, alpha=0.75)  # fmt: skip
@@ -129,8 +127,8 @@ def _track(ax: Axes, index: int, label: str, points: Sequence[tuple[float, float
         if own:
             ax.plot(x, y, marker, color=colour, markersize=9, markeredgecolor="white", label=label, linestyle="none")
             ax.annotate(f"{name}: control" if control else name, (x, y), place, ha=side, textcoords="offset points",
-                        fontsize=10, fontweight="bold", path_effects=[withStroke(linewidth=3, foreground="white")],
-                        zorder=4)  # fmt: skip
+                        fontsize=10, fontweight="bold", zorder=4,
+                        bbox={"boxstyle": "square,pad=0", "facecolor": "white", "edgecolor": "none"})  # fmt: skip
 
 
 def growth(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]], provenance: str) -> Figure:

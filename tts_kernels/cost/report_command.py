@@ -16,6 +16,7 @@ from .options import (
     add_common_arguments,
     add_examples,
     add_trace_arguments,
+    amount_of,
     check_output,
     curves_of,
     device_of,
@@ -171,11 +172,16 @@ def _break_even_step(args: argparse.Namespace, study: Study, traces: Traces | No
         if accuracy is not None:
             check_number(f"--{option}-accuracy", accuracy, least=0, most=1)
     regime = money_regime(args)
+    amount_of("--train-cost", args.train_cost, price_of(args))
+    for side in (args.internal, args.external):
+        Scenario.load(side)
 
     def make() -> Section:
         try:
             found, internal, external = comparison_of(args, study.hardware, study.efficiency, traces)
-        except ValueError as refusal:  # the external side does not reach the internal accuracy
+        except ValueError as refusal:
+            if not str(refusal).startswith("external_accuracy:"):  # which does not reach the internal one
+                raise
             return Section(name, title, "", f"Refused: {refusal}.")
         invented = traces is not None and sections.is_synthetic(traces)
         return sections.break_even(study, found, internal, external, regime, invented)
