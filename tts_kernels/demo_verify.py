@@ -74,7 +74,8 @@ def score(verifier: Verifier, question: str, candidates: list[str]) -> dict:
 
 
 def beams(args: argparse.Namespace, model, tokenizer, verifier: Verifier, question: str) -> dict:
-    """Figures of the same beam search on stock code and on ours."""
+    """Figures of the same beam search on stock code and on ours. By the last step's score, as search-and-learn's is:
+    the least of a path's often belongs to several paths, and rounding would decide between them."""
     tokens = len(tokenizer(question)["input_ids"])
     size = args.width * args.expand
     # Room for every step ever sampled: a search gives most of it back on its way.
@@ -87,18 +88,15 @@ def beams(args: argparse.Namespace, model, tokenizer, verifier: Verifier, questi
     for key, (policy, judge) in policies.items():
         results[key] = search.beam_search(
             policy, judge, question, width=args.width, expand=args.expand, depth=args.depth, seed=args.seed,
-            max_new_tokens=args.max_new_tokens, temperature=1.0,
+            max_new_tokens=args.max_new_tokens, temperature=1.0, reduce="last",
         )  # fmt: skip
-    stock, ours = (results[key] for key in ("stock", "tts"))
-    equal = [c.text for c in stock.candidates] == [c.text for c in ours.candidates]
-    pairs = [
-        (a, b)
-        for one, other in zip(stock.candidates, ours.candidates)
-        for a, b in zip(one.step_scores, other.step_scores)
-    ]
+    stock, ours = (sorted(results[key].candidates, key=lambda c: c.text) for key in ("stock", "tts"))
+    equal = [c.text for c in stock] == [c.text for c in ours]
+    pairs = [(a, b) for one, other in zip(stock, ours) for a, b in zip(one.step_scores, other.step_scores)]
+    chosen = {key: result.chosen and result.chosen.text for key, result in results.items()}
     figures = {
         "beam_candidates_equal": equal,
-        "beam_choice_equal": stock.choice == ours.choice,
+        "beam_choice_equal": chosen["stock"] == chosen["tts"],
         "beam_score_difference": max((abs(a - b) for a, b in pairs), default=0.0) if equal else None,
         "beam": {"width": args.width, "expand": args.expand, "depth": args.depth},
     }
