@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tts_kernels.cost import PARTS, Efficiency, Lognormal, ModelShape, Price, Workload, kv_saving, query_cost
-from tts_kernels.cost.account import DECODE, triangle
+from tts_kernels.cost.account import DECODE, ScoringCall, triangle
 from tts_kernels.cost.query import REGIMES, SHARINGS
 from tts_kernels.cost.table import part_table
 
@@ -280,3 +280,18 @@ def test_measured_columns_stand_beside_ceilings():
     assert [cell.strip() for cell in header.split("|")[2:6]] == ["paged, s", "tree, s", "measured, s", "TFLOP"]
     cells = {row.split("|")[1].strip(): row.split("|")[4].strip() for row in rows}
     assert cells["decode_linear"] == "0.123" and cells["prm_head"] == "-" and cells["sum"] == "0.523"
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_calls_of_a_verifier_may_be_given(sharing):
+    """Those that the workload implies cost what it costs; in two calls the weights are read twice."""
+    work = Workload(4, 10, 6, verifier="prm", steps=2)
+    whole = ScoringCall([(10, 6)] * 4, [10], 0, 8)
+    implied, given = (query_cost(work, DENSE, DEVICE, sharing=sharing, scoring=s) for s in (None, [whole]))
+    assert implied.parts == given.parts
+    halves = [ScoringCall([(10, 6)] * 2, [10], 0, 4)] * 2
+    twice = query_cost(work, DENSE, DEVICE, sharing=sharing, scoring=halves)
+    more = sum(twice.parts[name].bytes - given.parts[name].bytes for name in ("prm_prefix", "prm_suffix"))
+    again = 0 if sharing != "tree" else 2 * DENSE.kv_bytes_per_token * 10  # the prefix, which is fresh in both
+    assert more == pytest.approx(2 * DENSE.body_weights + again)
+    assert query_cost(work, DENSE, DEVICE, sharing=sharing, scoring=[]).parts["prm_prefix"].flops == 0
