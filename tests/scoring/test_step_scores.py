@@ -196,6 +196,8 @@ def test_where_a_candidate_lies_changes_no_bit(path, length):
         got = run(path, [[0.5, 1.5]] * before + logits.tolist(), [before, length])
         for name in cases.STATS:
             assert cases.same_bits(getattr(got, name)[1:], getattr(wanted, name)), (name, before)
+        for name in ("margin", "prob"):
+            assert cases.same_bits(getattr(got, name)[before:], getattr(wanted, name)), (name, before)
 
 
 def test_any_number_of_threads_gives_the_same_bits(path):

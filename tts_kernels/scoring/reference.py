@@ -80,7 +80,8 @@ def activate(logits: Tensor, activation: str, positive: int) -> tuple[Tensor, Te
     if activation == "softmax":
         others = torch.cat([logits[:, :positive], logits[:, positive + 1 :]], 1)
         margin = margin - torch.logsumexp(others, 1)
-    return margin, torch.sigmoid(margin), F.logsigmoid(margin)
+    # torch.sigmoid rounds the last few elements of a tensor in another way than those before them.
+    return margin, 1 / (1 + margin.neg().exp()), F.logsigmoid(margin)
 
 
 def segments(values: Tensor, offsets: Tensor, how: str) -> Tensor:
