@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,6 +116,47 @@ def test_five_hundred_steps():
     (scores,) = verifier.score(["good"], [["|".join(steps)]])[0]
     assert len(scores) == 500
     assert scores == pytest.approx(scores_alone(verifier, "good", steps), **CLOSE)
+
+
+def test_threads():
+    """Scores and sessions of one model in several threads, each on its own texts."""
+    verifier = make("sigmoid", page_size=4)
+    rng = random.Random(0)
+    jobs = [(texts(rng, 5, 20), [texts(rng, 1, 12) for _ in range(6)]) for _ in range(12)]
+    wanted = [scores_alone(verifier, *job) for job in jobs]
+
+    def by_session(question: str, steps: list[str]) -> list[float]:
+        with verifier.session(question) as session:
+            node = session.root
+            for step in steps:
+                (node,) = session.extend([node], [step]).nodes
+            return session.scores([node]).prob.tolist()
+
+    ways = [lambda question, steps: verifier.score([question], [[steps]])[0][0], by_session]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: ways[i % 2](*jobs[i // 2 % len(jobs)]), range(4 * len(jobs))))
+    for i, scores in enumerate(got):
+        assert scores == pytest.approx(wanted[i // 2 % len(jobs)], **CLOSE)
+
+
+@pytest.mark.parametrize("kind, op", [("softmax", "gather"), ("implicit", "token_logprobs")])
+def test_an_error_behind_the_model_leaves_no_kv(kind, op, monkeypatch):
+    verifier = make(kind)
+    before = verifier.score(["good"], [["abc|d"]])
+    module = {"gather": "verifier.verifier", "token_logprobs": "verifier.implicit"}[op]
+
+    def fails(states, *args, **_):
+        for _ in states if op == "gather" else ():
+            raise ZeroDivisionError
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tts_kernels.{module}.{op}", fails)
+        with pytest.raises(ZeroDivisionError) as caught:
+            verifier.score(["good"], [["abc|d"]])
+    assert caught.tb is not None  # and all frames are still alive
+    assert all(tree.kv.free_pages == tree.kv.num_pages for tree in verifier._kept_trees())
+    assert verifier.score(["good"], [["abc|d"]]) == before
 
 
 # --- the context ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -164,20 +166,25 @@ def unsupported_reasons(model: PreTrainedModel) -> list[str]:
     return reasons
 
 
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
 @contextlib.contextmanager
 def attention_switched(model: PreTrainedModel) -> Iterator[None]:
-    """Within another one of the same model it costs nothing."""
-    if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-        yield
-        return
-    before = _implementations(model.config)
-    try:
-        model.set_attn_implementation(NAME)
-        if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
-            refuse(f"{type(model).__name__} does not let its attention implementation be set")
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    """Within another one of the same model it costs nothing; other threads wait, since the switch is the model's."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    with _LOCKS.setdefault(decoder, threading.RLock()):
+        if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+            yield
+            return
+        before = _implementations(model.config)
+        try:
+            model.set_attn_implementation(NAME)
+            if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
+                refuse(f"{type(model).__name__} does not let its attention implementation be set")
+            yield
+        finally:
+            model.set_attn_implementation(before)
 
 
 def _implementations(config) -> dict:

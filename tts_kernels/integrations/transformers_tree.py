@@ -36,7 +36,8 @@ class TreeModel:
     backend    of the attention ops, see `tts_kernels.tree_attention`
 
     Raises TypeError for what is no transformers model, ValueError with every reason why a model cannot run over a tree.
-    The model's attention implementation is switched during a forward and put back after it.
+    The model's attention implementation is switched during a forward and put back after it. Several of them on one
+    model may run in several threads, where they wait for one another; one is for one thread at a time.
     """
 
     def __init__(self, model: PreTrainedModel, *, num_pages: int, page_size: int = 16, backend: str | None = None):
@@ -93,15 +94,15 @@ class TreeModel:
         plan = self.kv.plan(rows) if plan is None else plan
         if plan.num_rows != total:
             fail("plan", f"one of {total} rows, as many as `rows` has", plan.num_rows)
-        self._forward.begin(plan, self.kv.slots(rows))
         with self.switched(), torch.no_grad():
+            self._forward.begin(plan, self.kv.slots(rows))
             out = self.decoder(
                 input_ids=input_ids.to(self.device)[None],
                 position_ids=plan.positions()[None],
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        self._forward.check_all_layers_stored()
+            self._forward.check_all_layers_stored()
         return out.last_hidden_state[0]
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -58,15 +59,16 @@ def packed_rewards(
     backend: str | None,
 ) -> Tensor:
     """[M] fp32, the reward of every step of all `sequences`, which `packed` holds as `pack_responses` packs them."""
+    step_rows = packed.step_rows.cpu()
     previous = torch.full((len(packed.tokens),), -1)  # of each response token, on the CPU
-    tokens = [packed.step_rows[a:b].cpu() for a, b in pairwise(packed.offsets.tolist())]
+    tokens = [step_rows[a:b] for a, b in pairwise(packed.offsets.tolist())]
     for rows in tokens:
         previous[rows[1:]] = rows[:-1]
     rows = (previous >= 0).nonzero()[:, 0]
-    logprobs = [
-        row_logprobs(weight, packed.tokens, rows, previous[rows], packed_forwards(model, packed, size), backend)
-        for model, weight in zip(models, head.weights)
-    ]
+    logprobs = []
+    for model, weight in zip(models, head.weights):
+        with model.switched(), closing(packed_forwards(model, packed, size)) as stream:
+            logprobs.append(row_logprobs(weight, packed.tokens, rows, previous[rows], stream, backend))
     ratio = torch.zeros(len(previous), dtype=torch.float64)
     ratio[rows] = head.ratio(logprobs).cpu()
     sums = [ratio[rows[1:]].cumsum(0) for rows in tokens]
@@ -86,18 +88,23 @@ def row_logprobs(
     """log p(tokens[row] | its path), fp32, for ascending `rows` whose predecessors are `before`; `states` yields hidden
     states as `forwards` does. Of those only what a later forward needs is kept. `known` has the hidden states of
     predecessors that do not come by, under negative numbers."""
-    kept = dict(known or {})
+    kept = torch.tensor(sorted(known or {}), dtype=torch.int64)
+    kept_states = torch.stack([known[r] for r in kept.tolist()]) if known else None
     logprobs, done = [], 0
     for first, hidden in states:
         end = first + len(hidden)
         stop = int(torch.searchsorted(rows, end))
-        source = before[done:stop]
-        picked = [hidden[r - first] if r >= first else kept[r] for r in source.tolist()]
-        if picked:
+        pool = hidden if kept_states is None else torch.cat([kept_states, hidden])
+        if stop > done:
+            source = pool[places(before[done:stop], kept, first).to(pool.device)]
             targets = tokens[rows[done:stop].to(tokens.device)]
-            logprobs.append(token_logprobs(torch.stack(picked), weight, targets, backend=backend))
+            logprobs.append(token_logprobs(source, weight, targets, backend=backend))
         later = before[stop:]
-        needed = set(later[later < end].tolist())
-        kept = {r: kept[r] if r in kept else hidden[r - first].clone() for r in needed}
-        done = stop
+        needed = later[later < end].unique()
+        kept_states, kept, done = pool[places(needed, kept, first).to(pool.device)], needed, stop
     return torch.cat(logprobs) if logprobs else torch.empty(0, device=tokens.device)
+
+
+def places(rows: Tensor, kept: Tensor, first: int) -> Tensor:
+    """Of these rows among those that were kept, ascending, and those from `first` on behind them."""
+    return torch.where(rows < first, torch.searchsorted(kept, rows), rows - first + len(kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -67,6 +68,9 @@ class Verifier:
 
     Raises TypeError and ValueError for wrong arguments, among them a model that cannot run over a tree and a recipe
     that does not fit the model's tensors.
+
+    `score` and `score_batch` may be called from several threads, and each session from one; on one model they wait for
+    one another.
     """
 
     def __init__(
@@ -248,8 +252,9 @@ class Verifier:
         packed = pack([s.ids for s in sequences], step_ends=[s.positions for s in sequences], device=self.device)
         rows, positions = packed.step_rows.unique(return_inverse=True)
         (model,), states = self._kept_trees(), []
-        for _ in gather(packed_forwards(model, packed, self.chunk_tokens), rows, states):
-            pass
+        with model.switched(), closing(packed_forwards(model, packed, self.chunk_tokens)) as stream:
+            for _ in gather(stream, rows, states):
+                pass
         states = torch.cat(states) if states else torch.empty(0, self.head.dim, device=self.device)
         return step_scores(states, positions, self.head, offsets=offsets, backend=self.backend), len(packed.tokens)
 
