@@ -4,6 +4,7 @@ evictions, in few and in many forwards, for every kind of score."""
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -154,6 +155,55 @@ def test_recompute_serves_more_than_fits_at_once():
     with pytest.raises(OutOfPages, match="or give it a larger max_tokens"):
         session.extend([session.root], ["a" * 30])
     assert len(session._nodes) == 11
+
+
+def test_recompute_lets_go_of_what_is_wanted_last():
+    """Six paths of three steps, a page each, taken further in turn, and 9 pages below the question."""
+    verifier = make(page_size=4)
+    session = verifier.session("abc", max_tokens=4 * 10, when_full="recompute")
+    nodes = [session.root] * 6
+    tokens = [session.tokens_encoded]
+    for _ in range(3):
+        nodes = session.extend(nodes, [f"a{c}b" for c in "abcdef"]).nodes
+        tokens.append(session.tokens_encoded)
+    first, second, third = ((b - a) // 4 for a, b in pairwise(tokens))  # pages, with those of old steps
+    # Of the last 18 pages 9 have no room; were what was not used for longest let go of, these would be 6, 8 and 18.
+    assert (first, second, third) == (6, 6, 10)
+    for node in nodes:
+        got = path_scores(session.scores([node]), 0)
+        assert got == pytest.approx(scores_alone(verifier, "abc", session.steps(node)), **CLOSE)
+
+
+def test_recompute_lets_go_of_what_the_call_has_no_use_for_first():
+    session = make(page_size=4).session("abc", max_tokens=4 * 5, when_full="recompute")
+    a, b, c = session.extend([session.root] * 3, ["aaa", "bbb", "ccc"]).nodes
+    session.extend([a], ["ddd"])  # now no page is free
+    session.extend([b], ["eee"])  # c was used before a and what is below it
+    held = [node for node in session._nodes if session._nodes[node].kv]
+    assert c not in held and {a, b} < set(held) and session.tokens_encoded == 4 * 6
+
+
+def test_close_lets_go_of_everything():
+    session = make("implicit").session("good")
+    (a,) = session.extend([session.root], ["abc"]).nodes
+    wanted = session.scores([a]).prob.tolist()
+    assert session.tokens_held == 5 + 4
+    session.close()
+    assert session.tokens_held == 0 and session.scores([a]).prob.tolist() == wanted
+    assert all(record.states is None for record in session._nodes.values())
+    session.release(a)
+
+
+def test_a_step_that_is_extended_often_is_tokenized_once(monkeypatch):
+    verifier = make()
+    session = verifier.session("good")
+    (a,) = session.extend([session.root], ["abc"]).nodes
+    seen = []
+    encode = cases.Characters.encode
+    monkeypatch.setattr(cases.Characters, "encode", lambda s, t, q, steps: seen.append(steps) or encode(s, t, q, steps))
+    session.extend([a] * 3, ["b", "c", "d"])
+    session.extend([a], ["e"])
+    assert seen == [["abc"], ["abc", "b"], ["abc", "c"], ["abc", "d"], ["abc", "e"]]
 
 
 @pytest.mark.parametrize("kind", ["softmax", "implicit"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from tts_kernels.tree.plan import int_tensor
 
 from .forward import forwards, gather
 from .implicit import row_logprobs
+from .session_node import Node, below_first
 
 if TYPE_CHECKING:
     from .recipe import Encoded
@@ -37,26 +38,6 @@ class SessionScores(StepScores):
 
     nodes: tuple[int, ...]
     offsets: Tensor
-
-
-@dataclass(eq=False)
-class Node:
-    """A step: its tokens stand behind those of its parent. The root is the question, without a step."""
-
-    parent: int  # handle, -1 for the root
-    step: str
-    ids: Tensor  # [t] int64
-    length: int  # tokens from the beginning of the path to the end of the step
-    under: int | None  # the node whose KV this one's follows; None: it begins anew
-    response: int  # index of the first of `ids` that belongs to the answer
-    row: int = -1  # of the session's margins; -1 for the root
-    kv: list[int] | None = None  # handles in the KV trees, one for each model; None: not there
-    # Of implicit rewards alone: the last hidden state of each model, and the reward before rounding.
-    states: list[Tensor] | None = None
-    reward: float = 0.0
-    children: dict[str, int] = field(default_factory=dict)  # by step
-    holds: int = 0
-    used: int = 0  # when it was last read
 
 
 class VerifierSession:
@@ -90,10 +71,11 @@ class VerifierSession:
         self._next = 0
         self._margins = torch.empty(0, dtype=torch.float32, device=verifier.device)  # of every step, score before act
         self._clock = 0
-        ids = self._ids(verifier.encode("question", question, ())[0].ids)
+        self._context = verifier.context
+        ids = verifier.encode("question", question, ())[0].ids
         root = Node(-1, "", ids, len(ids), None, len(ids), holds=1)
         self._add(root)
-        if len(ids):
+        if ids:
             self._encode([self.root])
         else:
             root.kv = [model.kv.add(None, 0) for model in self.models]
@@ -108,6 +90,9 @@ class VerifierSession:
 
     def close(self) -> None:
         """Lets go of all KV. Scores of nodes can still be asked for; nothing can be extended."""
+        for record in self._nodes.values():
+            self._drop_kv(record)
+            record.states = None
         self.models = []
 
     @property
@@ -208,9 +193,6 @@ class VerifierSession:
             model.kv.release(handle)
         record.kv = None
 
-    def _ids(self, ids: Sequence[int]) -> Tensor:
-        return int_tensor(list(ids), torch.int64).to(self._margins.device)
-
     def _add(self, node: Node) -> int:
         handle = self._next
         self._next += 1
@@ -238,25 +220,26 @@ class VerifierSession:
                 raise ValueError(f"{name}, behind {above.step!r}: {error}") from error
 
         if parent == self.root:
-            sequence, before = encode(self.question, [step]), above.ids.tolist()
+            sequence, before = encode(self.question, [step]), above.ids
             ids = sequence.ids
             if ids[: len(before)] != before:  # the tokenizer joins the question's end with the step: not shared then
                 before, under = [], None
             response = max(0, sequence.response - len(before))
         else:
             # How the step is cut into tokens does not depend on what stands before the last one.
-            before = encode("", [above.step]).ids
+            if above.stub is None:
+                above.stub = encode("", [above.step]).ids
+            before = above.stub
             ids = encode("", [above.step, step]).ids
             if ids[: len(before)] != before:
                 fail(name, "a step whose tokens begin behind those of the step before", repr(step))
-        piece = self._ids(ids[len(before) :])
+        piece = ids[len(before) :]
         length = len(piece) + (0 if under is None else above.length)
-        limit = self.verifier.context
-        if limit is not None and length > limit:
+        if self._context is not None and length > self._context:
             # Refused, or a path of its own that begins with a later step. Steps that have scores keep them.
             sequence, left_out = self.verifier.encode(name, self.question, [*self.steps(parent), step])
             warnings.warn(f"{name}: {left_out} first steps left out of a path beyond the context", stacklevel=3)
-            piece, under, length = self._ids(sequence.ids), None, len(sequence.ids)
+            piece, under, length = sequence.ids, None, len(sequence.ids)
             response = sequence.positions[-2] + 1 if len(sequence.positions) > 1 else sequence.response
         return Node(parent, step, piece, length, under, response)
 
@@ -264,33 +247,37 @@ class VerifierSession:
         """Gives these nodes KV and scores, in as few runs as there is room for."""
         if fresh and not self.models:
             raise RuntimeError("the session is closed")
-        group: dict[int, None] = {}  # nodes without KV, parents before children
-        kept: set[int] = set()  # those that the group stands on
-        pages = 0
-        todo = fresh[::-1]
-        while todo:
-            above = self._above(todo[-1])
-            for node in above:
-                self._nodes[node].used = self._clock
-            chain = [node for node in above if self._nodes[node].kv is None and node not in group]
-            more = sum(-(-len(self._nodes[node].ids) // self.verifier.page_size) for node in chain)
-            if self._make_room(pages + more, kept.union(above)):
+        paths = [self._above(node) for node in fresh]
+        need = {node: i for i, path in enumerate(paths) for node in path}  # the last of `fresh` that stands on it
+        for node in need:
+            self._nodes[node].used = self._clock
+        self._make_room(self._pages(need), need, need)  # what this call has no use for goes first
+        done = 0
+        while done < len(fresh):
+            group: dict[int, None] = {}  # nodes without KV, parents before children
+            wanted = {node for node, last in need.items() if last >= done}
+            pages = 0
+            for path in paths[done:]:
+                chain = [node for node in path if node not in group and self._nodes[node].kv is None]
+                more = self._pages(chain)
+                if not self._make_room(pages + more, wanted, need) and (group or not self._make_room(more, path, need)):
+                    break
                 group.update(dict.fromkeys(chain))
-                kept.update(above)
                 pages += more
-                todo.pop()
-            elif group and self.when_full == "recompute":
-                self._run(list(group))
-                group, kept, pages = {}, set(), 0
-            else:
+                done += 1
+            if done < len(fresh) and (self.when_full == "refuse" or not group):
                 kv = self.models[0].kv
                 advice = "" if self.when_full == "recompute" else "or open the session with when_full='recompute', "
                 raise OutOfPages(
                     f"max_tokens: at least {pages + more} pages of {kv.page_size} tokens are needed, {kv.free_pages} "
                     f"of {kv.num_pages} are free; release nodes, {advice}or give it a larger max_tokens"
                 )
-        if group:
             self._run(list(group))
+
+    def _pages(self, nodes: Iterable[int]) -> int:
+        """That those of the nodes take which have no KV."""
+        lengths = (len(self._nodes[node].ids) for node in nodes if self._nodes[node].kv is None)
+        return sum(-(-length // self.verifier.page_size) for length in lengths)
 
     def _above(self, node: int) -> list[int]:
         """The nodes whose KV a node's stands on, the topmost first, and itself."""
@@ -301,24 +288,27 @@ class VerifierSession:
             at = self._nodes[at].under
         return chain[::-1]
 
-    def _make_room(self, pages: int, kept: set[int]) -> bool:
-        """Whether so many pages are free, after letting go of what was not used for longest where that is allowed."""
+    def _make_room(self, pages: int, kept: Collection[int], need: Mapping[int, int]) -> bool:
+        """Whether so many pages are free, after letting go of KV that is not `kept` where that is allowed: of what was
+        not used for longest, then of what this call needs last. The next one will probably ask in the same order, and
+        then what came last is not wanted for longest."""
+
+        def order(node: int) -> tuple[int, int, int]:
+            return (1, -need[node], node) if node in need else (0, self._nodes[node].used, node)
+
         free = self.models[0].kv
-        while self.when_full == "recompute" and free.free_pages < pages:
-            held = {n: record for n, record in self._nodes.items() if record.kv and n not in kept and n != self.root}
-            inner = {record.under for record in self._nodes.values() if record.kv}
-            leaves = sorted(held.keys() - inner, key=lambda n: (held[n].used, n))
-            if not leaves:
-                break
-            for node in leaves:
-                if free.free_pages < pages:
-                    self._drop_kv(held[node])
+        if self.when_full == "recompute" and free.free_pages < pages:
+            for node in below_first(self._nodes, kept, order):
+                self._drop_kv(self._nodes[node])
+                if free.free_pages >= pages:
+                    break
         return free.free_pages >= pages
 
     def _run(self, group: list[int]) -> None:
         """Nodes without KV through the models, and scores for those that have none yet."""
         records = [self._nodes[node] for node in group]
         lengths = [len(record.ids) for record in records]
+        ids = int_tensor([token for record in records for token in record.ids], torch.int64).to(self._margins.device)
         first = list(accumulate(lengths, initial=0))
         last_rows = torch.tensor([end - 1 for end in first[1:]])
         fresh = [i for i, record in enumerate(records) if record.row < 0 and record.parent >= 0]
@@ -329,11 +319,10 @@ class VerifierSession:
             for m, model in enumerate(self.models):
                 handles.append([])
                 passed: list[Tensor] = []
-                stream = gather(
-                    forwards(model, self._pieces(group, m, handles[-1]), self.verifier.chunk_tokens), last_rows, passed
-                )
+                pieces = self._pieces(group, m, handles[-1], ids.split(lengths))
+                stream = gather(forwards(model, pieces, self.verifier.chunk_tokens), last_rows, passed)
                 if self.verifier.recipe.implicit and fresh:
-                    logprobs.append(self._logprobs(m, records, first, fresh, stream))
+                    logprobs.append(self._logprobs(m, records, ids, first, fresh, stream))
                 for _ in stream:
                     pass
                 states.append(torch.cat(passed))
@@ -353,23 +342,27 @@ class VerifierSession:
                 record.row = row
             self._margins = torch.cat([self._margins, margins])
 
-    def _pieces(self, group: list[int], m: int, added: list[int]) -> Iterator[tuple[int, Tensor]]:
+    def _pieces(
+        self, group: list[int], m: int, added: list[int], ids: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
         """What `forwards` takes; puts the handles into `added`."""
         handle = {}
-        for node in group:
+        for node, tokens in zip(group, ids):
             record, kv = self._nodes[node], self.models[m].kv
             under = record.under
             above = None if under is None else handle[under] if under in handle else self._nodes[under].kv[m]
             handle[node] = kv.add(above, 0)
             added.append(handle[node])
-            yield handle[node], record.ids
+            yield handle[node], tokens
 
     def _head(self, states: Tensor) -> Tensor:
         offsets = torch.tensor([0, len(states)], device=states.device)
         rows = torch.arange(len(states), device=states.device)
         return step_scores(states, rows, self.verifier.head, offsets=offsets, backend=self.verifier.backend).margin
 
-    def _logprobs(self, m: int, records: list[Node], first: list[int], fresh: list[int], stream: Iterable) -> Tensor:
+    def _logprobs(
+        self, m: int, records: list[Node], ids: Tensor, first: list[int], fresh: list[int], stream: Iterable
+    ) -> Tensor:
         """By model m, the log-probabilities of the answer's tokens in the fresh records, one behind the other."""
         rows = [torch.arange(first[i] + records[i].response, first[i + 1]) for i in fresh]
         before = [r - 1 for r in rows]
@@ -378,8 +371,7 @@ class VerifierSession:
             if records[i].response == 0:
                 r[0], known[-1 - i] = -1 - i, self._nodes[records[i].under].states[m]
         return row_logprobs(
-            self.verifier.head.weights[m], torch.cat([record.ids for record in records]), torch.cat(rows),
-            torch.cat(before), stream, self.verifier.backend, known,
+            self.verifier.head.weights[m], ids, torch.cat(rows), torch.cat(before), stream, self.verifier.backend, known
         )  # fmt: skip
 
     def _rewards(self, fresh: list[Node], logprobs: list[Tensor]) -> Tensor:
