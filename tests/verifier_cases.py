@@ -49,8 +49,9 @@ HEADS = {
 
 
 def make(
-    kind: str = "softmax", *, layout=None, model: str = "qwen2", recipe: dict | None = None, **settings
-) -> Verifier:
+    kind: str = "softmax", *, layout=None, model: str = "qwen2", recipe: dict | None = None, dtype=torch.float32,
+    **settings,
+) -> Verifier:  # fmt: skip
     made = Recipe(
         f"characters-{kind}",
         "the tests",
@@ -59,7 +60,7 @@ def make(
         "min",
         **{"split_on": "|", **(recipe or {})},
     )
-    model = build(model)
+    model = build(model).to(dtype)
     gen = torch.Generator().manual_seed(3)
     reference = None
     if kind == "implicit":
@@ -88,7 +89,7 @@ def scores_alone(verifier: Verifier, question: str, steps: list[str]) -> list[fl
                 reward += head.beta * float(logp[0][t - 1, ids[0, t]] - logp[1][t - 1, ids[0, t]])
                 rewards[t] = reward
             return [rewards[p] for p in sequence.positions]
-        states = models[0].model(ids).last_hidden_state[0].double()
+        states = models[0].get_decoder()(ids).last_hidden_state[0].double()
     scores = []
     for p in sequence.positions:
         logits = (head.w2.double() @ states[p] + head.b2.double()).tolist()

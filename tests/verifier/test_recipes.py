@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from tts_kernels.scoring import step_scores, token_logprobs
 from tts_kernels.verifier.layouts import Pieces, Tagged, Turns
-from tts_kernels.verifier.loading import load
 from tts_kernels.verifier.recipe import Encoded
 from tts_kernels.verifier.recipes import RECIPES, find_recipe
 from tts_kernels.verifier.verifier import Verifier
@@ -58,8 +57,19 @@ def expected(checkpoint):
     return of
 
 
-def reference_of(family, path):
-    return path.parent / "reference" if RECIPES[family].implicit else None
+@pytest.fixture(scope="module")
+def verifier(checkpoint):
+    """A family's Verifier, loaded from its checkpoint when it is first asked for."""
+    loaded = {}
+
+    def of(family):
+        if family not in loaded:
+            path = checkpoint(family)
+            reference = path.parent / "reference" if RECIPES[family].implicit else None
+            loaded[family] = Verifier.from_pretrained(path, family, reference=reference)
+        return loaded[family]
+
+    return of
 
 
 def assert_same(scores, expected):
@@ -78,10 +88,10 @@ def test_published_scores_tell_steps_apart(family, expected):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encode_and_head(family, checkpoint, expected):
+@torch.no_grad()
+def test_encode_and_head(family, verifier, expected):
     """The backbone alone on one sequence at a time, and the head on the rows that the recipe names."""
-    recipe, path = RECIPES[family], checkpoint(family)
-    loaded = load(path, recipe, reference=reference_of(family, path))
+    recipe, loaded = RECIPES[family], verifier(family)
     scores = []
     for question, outputs in zip(QUESTIONS, texts_for(family)):
         scores.append([])
@@ -93,7 +103,7 @@ def test_encode_and_head(family, checkpoint, expected):
 
 
 def head_scores(loaded, encoded):
-    hidden = loaded.model(torch.tensor([encoded.ids])).last_hidden_state[0]
+    hidden = loaded.models[0](torch.tensor([encoded.ids])).last_hidden_state[0]
     offsets = torch.tensor([0, len(encoded.positions)])
     return step_scores(hidden, torch.tensor(encoded.positions), loaded.head, offsets=offsets).prob.tolist()
 
@@ -101,26 +111,22 @@ def head_scores(loaded, encoded):
 def implicit_rewards(loaded, encoded):
     ids, begin = torch.tensor(encoded.ids), encoded.response
     logprobs = []
-    for model, weight in zip((loaded.model, loaded.reference), loaded.head.weights):
+    for model, weight in zip(loaded.models, loaded.head.weights):
         hidden = model(ids[None]).last_hidden_state[0]
         logprobs.append(token_logprobs(hidden[begin - 1 : -1], weight, ids[begin:]))
     return loaded.head.ratio(logprobs).cumsum(0)[torch.tensor(encoded.positions) - begin].float().tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_verifier(family, checkpoint, expected):
+def test_verifier(family, verifier, expected):
     """Everything: several questions with several candidates, packed into one tree."""
-    path = checkpoint(family)
-    verifier = Verifier.from_pretrained(path, family, reference=reference_of(family, path))
-    assert_same(verifier.score(QUESTIONS, texts_for(family)), expected(family))
+    assert_same(verifier(family).score(QUESTIONS, texts_for(family)), expected(family))
 
 
 @pytest.mark.parametrize("family", STEPWISE)
-def test_session(family, checkpoint, expected):
-    path = checkpoint(family)
-    verifier = Verifier.from_pretrained(path, family, reference=reference_of(family, path))
+def test_session(family, verifier, expected):
     output = texts_for(family)[1][0]
-    session, node = verifier.session(QUESTIONS[1]), 0
+    session, node = verifier(family).session(QUESTIONS[1]), 0
     for step in RECIPES[family].split(output):
         (node,) = session.extend([node], [step]).nodes
     assert_same([[session.scores([node]).prob.tolist()]], [[expected(family)[1][0]]])

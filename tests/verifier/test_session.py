@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import verifier_cases as cases
+from transformers_models import MODELS
 from verifier_cases import HEADS, make, scores_alone, texts
 
 from tts_kernels import OutOfPages
@@ -77,6 +78,73 @@ def test_random_trees(kind, when_full, max_tokens, chunk_tokens):
         assert list(session._nodes) == [session.root]
         for model in session.models:
             assert model.kv.num_pages - model.kv.free_pages == -(-(1 + len(question)) // 4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_family(model):
+    """Windows of 6 to 9 tokens end inside of steps, in the step before and in the question."""
+    rng = random.Random(model)
+    for page_size, chunk_tokens in [(1, 7), (5, 4096)]:
+        verifier = make(model=model, page_size=page_size, chunk_tokens=chunk_tokens)
+        question = texts(rng, 5, 20)
+        with verifier.session(question, max_tokens=200, when_full="recompute") as session:
+            nodes, paths = [session.root], [[]]
+            for _ in range(3):
+                nodes, paths = nodes * 2, paths * 2
+                paths = [[*path, texts(rng, 0, 9)] for path in paths]
+                scores = session.extend(nodes, [path[-1] for path in paths])
+                nodes = list(scores.nodes)
+                wanted = [scores_alone(verifier, question, path) for path in paths]
+                for i, of_path in enumerate(wanted):
+                    assert path_scores(scores, i) == pytest.approx(of_path, **CLOSE)
+        for got, of_path in zip(verifier.score([question], [paths])[0], wanted):
+            assert got == pytest.approx(of_path, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.05), (torch.float16, 0.005)])
+def test_half_precision(dtype, error):
+    """The same model in transformers rounds otherwise; against fp32 both are off by as much."""
+    verifier = make("sigmoid", dtype=dtype, page_size=4)
+    assert verifier._kept_trees()[0].kv.dtype == dtype
+    paths = [["abc", "de"], ["abc", "dg", "hijk"]]
+    session, got = verifier.session("good"), []
+    for path in paths:
+        node = session.root
+        for step in path:
+            (node,) = session.extend([node], [step]).nodes
+        got.append(path_scores(session.scores([node]), 0))
+    for one, other, path in zip(got, verifier.score(["good"], [paths])[0], paths):
+        wanted = pytest.approx(scores_alone(verifier, "good", path), abs=error)
+        assert one == wanted and other == wanted
+
+
+def test_five_hundred_steps():
+    verifier = make("sigmoid", recipe={"context": 4000})
+    verifier.models[0].config.max_position_embeddings = 4000
+    steps = [chr(ord("a") + i % 26) for i in range(500)]
+    session = verifier.session("good", max_tokens=16 * 501)
+    node = session.root
+    for step in steps:
+        (node,) = session.extend([node], [step]).nodes
+    scores = session.scores([node])
+    assert scores.count.tolist() == [500] and session.tokens_encoded == 5 + 2 * 500
+    assert path_scores(scores, 0) == pytest.approx(scores_alone(verifier, "good", steps), **CLOSE)
+
+
+@pytest.mark.parametrize("made_in, used_in", [(torch.inference_mode, torch.enable_grad),
+                                              (torch.enable_grad, torch.inference_mode),
+                                              (torch.no_grad, torch.enable_grad)])  # fmt: skip
+def test_grad_modes(made_in, used_in):
+    verifier = make()
+    with made_in():
+        session = verifier.session("good")
+        (a,) = session.extend([session.root], ["abc"]).nodes
+        one_shot = verifier.score(["good"], [["abc|d"]])
+    with used_in():
+        scores = session.extend([a], ["d"])
+        assert verifier.score(["good"], [["abc|d"]]) == one_shot
+    assert path_scores(scores, 0) == pytest.approx(one_shot[0][0], abs=1e-6)
+    assert not scores.prob.requires_grad
 
 
 def test_one_shot_and_steps_agree():

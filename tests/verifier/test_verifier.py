@@ -3,6 +3,7 @@ one path or for all, forwards of many sizes, every kind of score."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import subprocess
@@ -14,13 +15,17 @@ import torch
 
 pytest.importorskip("transformers")
 
-from verifier_cases import HEADS, TOKENIZER, make, scores_alone, texts
+import transformers
+from verifier_cases import HEADS, TOKENIZER, Characters, make, scores_alone, texts
 
 import tts_kernels as tts
-from tts_kernels import OutOfPages, ScoreHead
-from tts_kernels.verifier import Verifier
+from tts_kernels import OutOfPages, ScoreHead, seeded
+from tts_kernels.verifier import RECIPES, Encoded, Verifier
+from tts_kernels.verifier.layouts import Whole
 
 CLOSE = {"abs": 2e-5, "rel": 2e-4}
+TIED = "math-shepherd"
+OUTCOME = dataclasses.replace(RECIPES["sequence-classifier"], layout=Whole(chat=False))
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +52,10 @@ def batch(seed: int) -> tuple[list[str], list[list[str]]]:
 def test_scores_of_every_candidate(kind, max_tokens, chunk_tokens):
     verifier = make(kind, page_size=4, max_tokens=max_tokens, chunk_tokens=chunk_tokens)
     questions, outputs = batch(chunk_tokens)
+    if chunk_tokens == 1:  # a forward for each token: those of one question
+        questions, outputs = questions[:1], outputs[:1]
     got = verifier.score(questions, outputs)
-    assert [len(candidates) for candidates in got] == [8, 8, 8, 0]
+    assert [len(candidates) for candidates in got] == [8, 8, 8, 0][: len(questions)]
     for question, candidates, scores in zip(questions, outputs, got):
         for output, of_one in zip(candidates, scores):
             assert of_one == pytest.approx(scores_alone(verifier, question, verifier.recipe.split(output)), **CLOSE)
@@ -199,6 +206,53 @@ def test_recipes_for_whole_answers_drop_nothing():
         verifier.score(["good"], [["abc|d|ef|gh"]])
 
 
+# --- models in memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, recipe, labels", [("TokenClassification", "trl-trainer", 2), ("CausalLM", TIED, 0),
+                                                  ("SequenceClassification", OUTCOME, 1)])  # fmt: skip
+def test_models_with_heads_of_their_own(name, recipe, labels):
+    """Heads by their names in the model; what is tied has one."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
+             "pad_token_id": None, "tie_word_embeddings": recipe == TIED}  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**sizes, num_labels=labels or 2)
+    model = getattr(transformers, f"Qwen2For{name}")(config).eval()
+    tokenizer = seeded.tokenizer(300)
+    verifier = Verifier(model, tokenizer, recipe)
+    steps = ["aa", "bb"] if verifier.recipe.stepwise else ["aa bb"]
+    got = verifier.score(["cc dd"], [[steps]])[0][0]
+    encoded = verifier.recipe.encode(tokenizer, "cc dd", steps)
+    with torch.no_grad():
+        if recipe == OUTCOME:
+            states = model.model(torch.tensor([encoded.ids])).last_hidden_state
+            wanted = model.score(states)[0, encoded.positions, 0]
+        else:
+            logits = model(torch.tensor([encoded.ids])).logits[0, encoded.positions]
+            columns = [1, 0] if labels else [tokenizer.convert_tokens_to_ids(c) for c in "+-"]
+            wanted = logits[:, columns].softmax(-1)[:, 0]
+    assert got == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_a_backbone_has_no_head():
+    with pytest.raises(ValueError, match=r"tensor lm_head.weight, .*, got one with embed_tokens.weight, norm.weight$"):
+        Verifier(make().models[0].model, seeded.tokenizer(96), "math-shepherd")
+
+
+def test_an_implicit_reward_needs_a_token_to_begin_with():
+    class NoPrompt(Characters):
+        def encode(self, tokenizer, question, steps):
+            ids, positions, response = super().encode(tokenizer, question, steps)
+            return Encoded(ids[1:], [p - 1 for p in positions], response - 1)
+
+    verifier = make("implicit", layout=NoPrompt())
+    for call in (lambda: verifier.score([""], [["ab"]]), lambda: verifier.session("")):
+        with pytest.raises(ValueError, match=r"expected a question of at least one token, .*, got none"):
+            call()
+    assert len(make(layout=NoPrompt()).session("").extend([0], ["ab"]).prob) == 1
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +303,8 @@ def test_public_names_and_an_import_without_transformers():
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "import tts_kernels as tts\n"
+        "from tts_kernels.verifier import loading\n"
+        "assert 'peft' not in sys.modules\n"
         "print(len(tts.verifier.RECIPES) > 5, tts.Verifier.__name__)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

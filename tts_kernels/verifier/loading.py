@@ -239,7 +239,7 @@ def take(recipe: Recipe, tensors: Mapping[str, Tensor], name: str, device: torch
 
 def refuse(recipe: Recipe, name: str, tensors: Mapping[str, Tensor]) -> NoReturn:
     """What lies beside the layers says which family a checkpoint is of."""
-    others = [other for other in tensors if ".layers." not in other]
+    others = [other for other in tensors if "layers" not in other.split(".")]
     got = f"{', '.join(others[:8])}{', ...' if len(others) > 8 else ''}" if others else "none beside its layers"
     fail("recipe", f"a checkpoint with the tensor {name}, for {recipe.name}", f"one with {got}")
 

@@ -220,6 +220,8 @@ class Verifier:
             sequence, limit = self.recipe.encode(self.tokenizer, question, steps), self.context
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if self.recipe.implicit and sequence.response < 1:
+            fail(name, "a question of at least one token, from which the answer's first is predicted", "none")
         if limit is None or len(sequence.ids) <= limit:
             return sequence, 0
         what = f"{len(sequence.ids)} tokens in {len(steps)} steps"
