@@ -113,6 +113,7 @@ def load(
     args: argparse.Namespace, text: str
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     if args.model:
+        demo_verify.check_folder("--model", args.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             args.model, dtype=DTYPES[args.dtype], local_files_only=True
         )

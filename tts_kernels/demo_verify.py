@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -37,6 +38,7 @@ def load(args: argparse.Namespace, sizes: dict, text: str, dtype: torch.dtype) -
         tokenizer = seeded.tokenizer(sizes["vocab_size"], text)
         model = seeded.causal_lm(args.seed + 1, dtype=dtype, **sizes)
         return Verifier(model, tokenizer, RECIPE, backend=args.backend)
+    check_folder("--verifier", args.verifier)
     if not args.recipe:
         raise ValueError("--recipe: expected one beside --verifier, got none")
     if find_recipe(args.recipe).head.kind != "vocab_rows":
@@ -45,6 +47,12 @@ def load(args: argparse.Namespace, sizes: dict, text: str, dtype: torch.dtype) -
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.verifier, local_files_only=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.verifier, dtype=dtype, local_files_only=True)
     return Verifier(model.eval(), tokenizer, args.recipe, backend=args.backend)
+
+
+def check_folder(name: str, path: str) -> None:
+    """Before transformers looks for it elsewhere, which may take it a while."""
+    if not Path(path).is_dir():
+        raise ValueError(f"{name}: expected a folder, got {path}")
 
 
 def score(verifier: Verifier, question: str, candidates: list[str]) -> dict:

@@ -57,7 +57,7 @@ def test_tiny_run(tmp_path):
     assert extra["least_bytes"] == 2 * (2 * (40 + 3 * 20) * 4 * 128 + 2 * 3 * 28 * 128)
     assert extra["bytes_read"]["sdpa"] == 2 * (2 * 3 * (40 + 20) * 4 * 128 + 2 * 3 * 28 * 128)
     assert extra["time_over_floor"] == shared["stats"]["median"] / extra["floor_s"]
-    assert set(extra["peers"]) == {"cascade", "sdpa", "sdpa packed"}
+    assert set(extra["peers"]) == {"two-pass flash", "sdpa", "sdpa packed"}
     # As often as ours, and every raw time is kept.
     assert all(len(p["data"]) == p["rounds"] == shared["stats"]["rounds"] for p in extra["peers"].values())
     assert not list(tmp_path.glob("*/.*")), "something half-written was left"
@@ -74,7 +74,7 @@ def test_wrong_result_prints_no_speed(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     table = done.stdout.partition("= benchmarks =")[2].partition("= short test summary")[0]
     assert "N=1" in table and MILLISECONDS.search(table), "what is right is still measured"
-    assert "N=3" not in table
+    assert "N=3 P=" not in table
     assert len(re.findall(r"^FAILED .*N3", done.stdout, re.MULTILINE)) == 2, done.stdout
     assert "wrong result, not timed: error {'ours'" in done.stdout
     assert "no record is written" in table
