@@ -50,7 +50,7 @@ HEADS = {
 
 def make(
     kind: str = "softmax", *, layout=None, model: str = "qwen2", recipe: dict | None = None, dtype=torch.float32,
-    **settings,
+    device="cpu", **settings,
 ) -> Verifier:  # fmt: skip
     made = Recipe(
         f"characters-{kind}",
@@ -60,19 +60,19 @@ def make(
         "min",
         **{"split_on": "|", **(recipe or {})},
     )
-    model = build(model).to(dtype)
+    model = build(model).to(device, dtype)
     gen = torch.Generator().manual_seed(3)
     reference = None
     if kind == "implicit":
         reference = build("qwen2")
         for parameter in reference.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=gen)
+        reference.to(device)
         head = ImplicitHead(model.lm_head.weight.data, reference.lm_head.weight.data, 0.5)
     else:
         columns = HEADS[kind].columns
-        head = ScoreHead.linear(
-            0.2 * torch.randn(columns, 64, generator=gen), torch.randn(columns, generator=gen), activation=kind
-        )
+        w, b = 0.2 * torch.randn(columns, 64, generator=gen), torch.randn(columns, generator=gen)
+        head = ScoreHead.linear(w.to(device), b.to(device), activation=kind)
     return Verifier(model, TOKENIZER, made, head=head, reference=reference, **settings)
 
 
