@@ -65,7 +65,8 @@ class Policy:
     prompt      the prompt of a question, as text or ids. Default: the question in the tokenizer's chat template, if it
                 has one, else the question as it is
 
-    End tokens are those of the model's generation config and the tokenizer's.
+    End tokens are those of the model's generation config and the tokenizer's. A policy is for one thread at a time;
+    several on one model wait for one another.
     Raises TypeError and ValueError for a model that cannot run over a tree, with every reason why.
     """
 
