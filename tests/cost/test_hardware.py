@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,23 @@ def test_formulas_are_plain_python():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert name.split(".")[0] not in ("torch", "numpy", "transformers", "matplotlib"), (file, name)
+
+
+WITHOUT_TORCH = """
+import sys, types
+sys.modules.update(dict.fromkeys(("torch", "numpy", "transformers", "matplotlib")))  # importing one of them fails
+package = sys.modules["tts_kernels"] = types.ModuleType("tts_kernels")
+package.__path__ = [sys.argv[1]]
+from tts_kernels.cost import Scenario, kv_saving, pass_at_k, query_cost
+from tts_kernels.cost import command, economics_command
+scenario = Scenario.load("B")
+print(query_cost(scenario.workload, scenario.model, "h200").m > 1, kv_saving(2, 3, 4) > 1, pass_at_k(4, 2, 1))
+"""
+
+
+def test_formulas_run_without_torch():
+    """The formulas and the commands that print them; the package around them, whose own imports need torch, is left
+    out."""
+    folder = Path(cost.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, folder], capture_output=True, text=True, check=False)
+    assert done.stdout == "True True 0.5\n", done.stderr

@@ -1,16 +1,27 @@
-"""What the cost functions accept. Plain Python: nothing here or in the formulas touches a tensor."""
+"""What the cost functions accept. Plain Python, like the formulas: nothing here needs torch, hence `fail` and
+`check_int` of its own, as those of tree/checks.py."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable
 from numbers import Real
 from typing import NoReturn
 
-from tts_kernels.tree.checks import check_int, fail
 
-__all__ = ["check_choice", "check_int", "check_number", "fail", "fail_unknown"]
+def fail(argument: str, expected: object, got: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{argument}: expected {expected}, got {got}")
+
+
+def check_int(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        fail(name, "an int", repr(value), TypeError)
+    value = operator.index(value)
+    if value < least:
+        fail(name, f"at least {least}", value)
+    return value
 
 
 def check_number(name: str, value: object, *, least: float = -math.inf, most: float = math.inf) -> float:
