@@ -191,6 +191,14 @@ def test_best_of_k_limits():
     assert perfect == pass_at_k(4, 3, 2)
 
 
+def test_best_of_k_of_many_samples():
+    """C(3000, 1500) is beyond a float."""
+    scores = [i / 3000 for i in range(3000)]
+    assert best_of_k(scores, [0.5] * 3000, 1500) == 0.5
+    assert best_of_k(scores, [i >= 1500 for i in range(3000)], 1500) == 1
+    assert best_of_k(scores, [0.25 + (i % 2) / 2 for i in range(3000)], 1) == pytest.approx(0.5)
+
+
 def test_imperfect_verifier():
     assert imperfect_verifier_limit(0.3, 1, 0) == 1
     assert imperfect_verifier_limit(0.3, 0.5, 0.5) == pytest.approx(0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from numbers import Real
 
 from .checks import check_int, check_number, fail
@@ -34,7 +35,8 @@ def kinetics(
     (arXiv 2506.05333; `dense_cost` of cost_model/utils.py in Infini-AI-Lab/Kinetics). Their sum is the paper's eFLOPs.
 
     What it takes for granted: the prompt's KV is read once for all n (ideal sharing); weights are never read; prefill,
-    KV writes and a verifier cost nothing; a byte of KV costs 562.5 / 2 bf16 FLOPs, the ratio of a B200 in fp8.
+    KV writes and a verifier cost nothing; a byte of 2-byte KV counts as 562.5 FLOPs, the ratio of a B200 in fp8 (in
+    bf16 it is 281), so beside bf16 products attention weighs twice what it does.
 
     parameters: theirs in place of the model's. Their code has 0.752e9 and 2.03e9 for Qwen3-0.6B and -1.7B, which counts
     the tied embedding twice, but 4.02e9 for Qwen3-4B, which does not.
@@ -109,10 +111,11 @@ def best_of_k(scores: Sequence[float], correct: Sequence[float], k: int) -> floa
         if isinstance(score, bool) or not isinstance(score, Real):
             fail(f"scores[{i}]", "a number", repr(score), TypeError)
     for i, value in enumerate(correct):
-        check_number(f"correct[{i}]", int(value) if isinstance(value, bool) else value, least=0, most=1)
+        correct[i] = check_number(f"correct[{i}]", int(value) if isinstance(value, bool) else value, least=0, most=1)
     ranked = sorted((-score, i) for i, score in enumerate(scores) if score == score)
-    total = sum(correct[i] * math.comb(n - rank, k - 1) for rank, (_, i) in enumerate(ranked, 1))
-    return total / math.comb(n, k)
+    # Fractions: the counts of choices of many samples are beyond floats, their ratios are not.
+    total = sum(Fraction(correct[i]) * math.comb(n - rank, k - 1) for rank, (_, i) in enumerate(ranked, 1))
+    return float(total / math.comb(n, k))
 
 
 def imperfect_verifier_limit(p: float, tpr: float, fpr: float) -> float:
