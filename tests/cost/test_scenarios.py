@@ -57,6 +57,16 @@ def test_predictions_derived_again(name):
     assert all(cost.figures == "model" for cost in costs(scenario))
 
 
+def test_with_another_n():
+    """A search keeps the same share, or the next smaller divisor; draws are the first of the scenario's."""
+    search, drawn = Scenario.load("E"), Scenario.load("A")
+    kept = {n: search.with_n(n).workload.keep for n in (128, 64, 30, 7, 1)}
+    assert kept == {128: 32, 64: 16, 30: 6, 7: 1, 1: 1}
+    assert drawn.with_n(3).workload.suffixes[0] == drawn.workload.suffixes[0][:3]
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        search.with_n(0)
+
+
 def test_a_is_a_control():
     """Sharing the prompt buys nothing under a long private chain of thought: weights are the largest term of it."""
     _, paged, tree = costs(Scenario.load("A"))

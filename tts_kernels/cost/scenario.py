@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .checks import check_int, fail, fail_unknown
 from .shapes import ModelShape
-from .workload import Workload
+from .workload import Workload, share_kept
 
 FORMAT = 1
 FIELDS = {"format", "id", "name", "version", "title", "note", "model", "max_positions", "workload"}
@@ -65,7 +65,7 @@ class Scenario:
     def with_n(self, n: int) -> Scenario:
         """The same with n candidates, of which a search keeps the same share."""
         work = self.workload
-        keep = None if work.keep is None else max(1, work.keep * n // work.n)
+        keep = None if work.keep is None else share_kept(check_int("n", n, 1), work)
         return dataclasses.replace(self, workload=dataclasses.replace(work, n=n, keep=keep))
 
 

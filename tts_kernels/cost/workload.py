@@ -53,7 +53,9 @@ class Workload:
 
     n        candidates of a query
     prompt   tokens of the prompt, which is prefilled; several numbers: of the queries, in turn
-    suffix   tokens that each candidate decodes for itself: a number, a Lognormal, or n * queries numbers
+    suffix   tokens that each candidate decodes for itself: a number, a Lognormal, or n * queries numbers. They are
+             decode steps: the first new token comes from the prefill, the last is not computed, so a sample of T new
+             tokens has T - 1; taking T for it adds one step to each
     trunk    tokens that the query decodes once, alone, before it forks into n candidates that share them
     search   "best_of_n"; "beam" or "dvts": `keep` of n are kept after each of `steps` steps and n / keep continue each.
              The kept ones are taken to share the prefix alone: exact for dvts, whose subtrees do, too dear for a beam
@@ -151,9 +153,7 @@ class Workload:
         if check_int("n", n, 1) > self.n:
             fail("n", f"at most the workload's {self.n}", n)
         if self.search != "best_of_n":
-            most = max(1, n * self.keep // self.n)
-            keep = next(keep for keep in range(most, 0, -1) if n % keep == 0)
-            return [dataclasses.replace(self, n=n, keep=keep)]
+            return [dataclasses.replace(self, n=n, keep=share_kept(n, self))]
         if isinstance(self.suffix, int):
             return [dataclasses.replace(self, n=n)]
         starts = range(0, self.n - n + 1, n)
@@ -192,3 +192,9 @@ class Workload:
             except TypeError as error:
                 fail("suffix", "mean, cv, cap and seed of a lognormal", error, TypeError)
         return cls(**fields)
+
+
+def share_kept(n: int, work: Workload) -> int:
+    """Of n candidates, as many as a search keeps of its own number: the same share, or the next smaller divisor."""
+    most = max(1, n * work.keep // work.n)
+    return next(keep for keep in range(most, 0, -1) if n % keep == 0)
