@@ -182,6 +182,7 @@ def test_verifier_head():
 @pytest.mark.parametrize(
     "price, amount, currency",
     [("2 USD", 2, "USD"), ("$2", 2, "USD"), ("$1,200.50", 1200.5, "USD"), ("2.5 EUR/h", 2.5, "EUR"), ("€3", 3, "EUR"),
+     ("$2 USD", 2, "USD"), (".5 USD", 0.5, "USD"), ("$294,000", 294_000, "USD"),
      ((1.99, "GBP"), 1.99, "GBP"), ("1e3 usd / GPU-h", 1000, "USD"), (Price(4.0, "JPY"), 4, "JPY")],
 )  # fmt: skip
 def test_price(price, amount, currency):
@@ -196,8 +197,10 @@ def test_price(price, amount, currency):
 
 
 @pytest.mark.parametrize(
-    "price", [2, 2.0, "2", "2.5/h", "USD", "2 dollars", (2,), "two USD", -1, "-2 USD", (-1, "USD"), (2, "usd")]
-)
+    "price",
+    [2, 2.0, "2", "2.5/h", "USD", "2 dollars", (2,), "two USD", -1, "-2 USD", (-1, "USD"), (2, "usd"), "2,5 EUR",
+     "1,00 EUR", "1.2.3 USD", "$2 EUR", "€2 USD", ", USD"],
+)  # fmt: skip
 def test_price_without_currency(price):
     with pytest.raises((ValueError, TypeError), match=r"price.*: expected"):
         query_cost(Workload(2, 10, 10), DENSE, DEVICE, price=price)
@@ -256,6 +259,20 @@ def test_bad_efficiency(name, value):
         Efficiency(**{name: value})
 
 
+def test_a_search_keeps_the_kv_of_its_verifier():
+    """Tree: what the last step saw, beside the policy's KV: prompt, 4 kept paths of 3 steps, 8 new steps. Others encode
+    again, and best-of-n scores once its KV can go."""
+    beam = Workload(8, 60, 40, search="dvts", keep=4, steps=4, verifier="prm")
+    copies, paged, tree = (query_cost(beam, DENSE, DEVICE, sharing=sharing) for sharing in SHARINGS)
+    assert copies.verifier_kv_bytes == paged.verifier_kv_bytes == 0
+    assert tree.verifier_kv_bytes == DENSE.kv_bytes_per_token * (60 + 4 * 30 + 8 * 10)
+    assert tree.memory_bytes == 2 * 2 * DENSE.num_parameters + tree.peak_kv_bytes + tree.verifier_kv_bytes
+    one_step = query_cost(Workload(8, 60, 40, search="dvts", keep=4, verifier="prm"), DENSE, DEVICE)
+    assert one_step.verifier_kv_bytes == DENSE.kv_bytes_per_token * (60 + 8 * 40)
+    for changes in ({"verifier": "none"}, {"search": "best_of_n", "keep": None}):
+        assert query_cost(dataclasses.replace(beam, **changes), DENSE, DEVICE).verifier_kv_bytes == 0
+
+
 def test_lengths_that_vary():
     cost = query_cost(Workload(64, 200, Lognormal(12_000, 0.6, 32_000)), "r1-distill-qwen-7b", "h200")
     assert cost.parts["straggler_idle"].seconds > 0 and 1 < cost.m < 64
@@ -295,3 +312,7 @@ def test_calls_of_a_verifier_may_be_given(sharing):
     again = 0 if sharing != "tree" else 2 * DENSE.kv_bytes_per_token * 10  # the prefix, which is fresh in both
     assert more == pytest.approx(2 * DENSE.body_weights + again)
     assert query_cost(work, DENSE, DEVICE, sharing=sharing, scoring=[]).parts["prm_prefix"].flops == 0
+    # C(n) of fewer candidates has the implied calls, so that of all has them too: no difference of unlike costs.
+    for cost in (given, twice):
+        assert (cost.m, cost.marginal_seconds, cost.fit) == (implied.m, implied.marginal_seconds, implied.fit)
+    assert twice.seconds > implied.seconds and implied.m == implied.seconds / implied.ceiling_of(1)

@@ -2,7 +2,9 @@
 
 Written down from the tree, not fitted: W matmul weights, kappa KV bytes per token, a attention FLOPs per query and key.
 A decode step of n rows computes 2 W n and reads the weights once; row t of a suffix sees P + t keys, its own included.
-Left out: activations between layers, norms, RoPE, communication, page tables, gaps between launches.
+Left out: activations between layers, norms, RoPE, communication, page tables, gaps between launches, caches: reads of
+one prefix by N candidates are charged to memory N times, though where a layer's prefix stays in a GPU's L2 (50 MB on an
+H200: 24,000 tokens of a 7B) some of them come from there. That makes V0 and V1 dearer here than they need be.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class Account:
         self.compute = hardware.bf16_flops * rates.compute
         self.prefill_rate = hardware.bf16_flops * rates.prefill
         self.flops, self.bytes, self.seconds = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
-        self.kv_byte_seconds = self.peak_kv_bytes = 0.0
+        self.kv_byte_seconds = self.peak_kv_bytes = self.verifier_kv_bytes = 0.0
 
     def add(self, part: str, flops: float, moved: float, times: float = 1.0) -> float:
         """So many times the roofline of one op: max(FLOPs / rate, bytes / bandwidth). Returns the seconds of one."""
@@ -238,6 +240,9 @@ class Account:
             candidates = [(prefix + history, each) for prefix in prefixes for _ in range(work.n)]
             past = sum(prefixes) + work.queries * work.keep * history if step else 0
             self.score(candidates, [] if step else prefixes, past, len(candidates))
+        if self.sharing == "tree":  # what lies there in the last step, beside the policy's KV
+            kappa = (work.verifier_model or self.model).kv_bytes(self.element)
+            self.verifier_kv_bytes = kappa * (past or sum(prefixes)) + kappa * work.queries * work.n * each
 
     def score(self, candidates: Sequence[tuple[int, int]], fresh: Sequence[int], past: int, positions: int) -> None:
         """One scoring call, see ScoringCall."""

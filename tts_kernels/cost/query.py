@@ -24,6 +24,8 @@ REGIMES = {
     "saturated": "other queries fill the batch: a query pays its share of the weights, and nothing idles",
 }
 SYMBOLS = {"$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY"}
+# Commas between thousands only: "2,5 EUR" is neither 2.5 nor 25.
+AMOUNT = r"(?:\d{1,3}(?:,\d{3})+|[\d_]*\d)(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+"
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,12 @@ class Price:
         if not isinstance(price, str):
             fail(name, "an amount with its currency, such as '2 USD'", repr(price), TypeError)
         text = re.sub(r"/\s*(gpu[- ]?)?h(our)?$", "", price.strip(), flags=re.IGNORECASE).strip()
-        match = re.fullmatch(r"([$€£¥]?)\s*([\d.,_]+(?:e[+-]?\d+)?)\s*([A-Za-z]{3})?", text)
+        match = re.fullmatch(rf"([$€£¥]?)\s*({AMOUNT})\s*([A-Za-z]{{3}})?", text)
         symbol, amount, code = match.groups() if match else ("", "", "")
-        currency = (code or SYMBOLS.get(symbol, "")).upper()
-        try:
-            value = float(amount.replace(",", "").replace("_", ""))
-        except ValueError:
-            value = None
-        if value is None or not currency:
+        of_symbol, code = SYMBOLS.get(symbol, ""), (code or "").upper()
+        if not (of_symbol or code) or (of_symbol and code not in ("", of_symbol)):
             fail(name, "an amount with its currency, such as '2 USD'", repr(price))
-        return cls(value, currency)
+        return cls(float(amount.replace(",", "").replace("_", "")), code or of_symbol)
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,9 @@ class QueryCost:
                      shares its seconds, so there it is a lower bound
     peak_kv_bytes    the most KV held at once, of the whole batch of queries; candidates that ended release theirs
     watts            mean power while the query runs; None: no joules
+    verifier_kv_bytes   KV that a verifier keeps between the steps of a search: of a tree alone, others encode again
+    scoring          calls of the verifier that were given; C(n) of m, marginal cost and fit have those that the
+                     workload implies, for every n
     """
 
     workload: Workload
@@ -105,6 +106,8 @@ class QueryCost:
     parts: Mapping[str, Part]
     kv_byte_seconds: float
     peak_kv_bytes: float
+    verifier_kv_bytes: float = 0.0
+    scoring: Sequence[ScoringCall] | None = None
 
     # --- totals -----------------------------------------------------------------------------------------------------
 
@@ -154,11 +157,13 @@ class QueryCost:
 
     @property
     def memory_bytes(self) -> float:
-        """Weights of the policy, of a verifier of its own shape or another, and the most KV: what has to fit."""
+        """What has to fit: weights of the policy, of a verifier of its own shape or another, the most KV, and what a
+        verifier keeps of it. (After the last step KV is let go of, and a verifier needs it for a candidate at least.)
+        """
         weights = self.model.num_parameters
         if self.workload.verifier != "none":
             weights += (self.workload.verifier_model or self.model).num_parameters
-        return weights * self.element_bytes + self.peak_kv_bytes
+        return weights * self.element_bytes + self.peak_kv_bytes + self.verifier_kv_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -202,15 +207,13 @@ class QueryCost:
     @property
     def m(self) -> float:
         """m(N) = C(N) / C(1), modelled: so many times as dear as one of its candidates alone, unverified."""
-        return self.ceiling_seconds / self.ceiling_of(1)
+        return self.ceiling_of(self.workload.n) / self.ceiling_of(1)
 
     @property
     def marginal_seconds(self) -> float:
         """Modelled: what a candidate of the second half adds, (C(N) - C(N/2)) / (N/2). With N = 1, C(1)."""
-        half = self.workload.n // 2
-        return (
-            (self.ceiling_seconds - self.ceiling_of(half)) / (self.workload.n - half) if half else self.ceiling_seconds
-        )
+        n, half = self.workload.n, self.workload.n // 2
+        return (self.ceiling_of(n) - self.ceiling_of(half)) / (n - half) if half else self.ceiling_of(n)
 
     @property
     def fit(self) -> tuple[float, float]:
@@ -250,6 +253,7 @@ class QueryCost:
         """Plain data, for JSON."""
         return {
             "workload": self.workload.name,
+            "n": self.workload.n,
             "model": self.model.name,
             "hardware": self.hardware.name,
             "hardware_source": self.hardware.source,
@@ -277,7 +281,7 @@ class QueryCost:
 
     @functools.cached_property
     def _kept(self) -> dict[int, float]:
-        return {self.workload.n: self.ceiling_seconds}
+        return {} if self.scoring is not None else {self.workload.n: self.ceiling_seconds}
 
     @property
     def _compute_seconds(self) -> float:
@@ -343,7 +347,7 @@ def query_cost(
     parts = {name: Part(*sums) for name, sums in account.scaled().items()}
     return QueryCost(
         workload, model, hardware, sharing, regime, efficiency, price, watts, element_bytes, parts,
-        account.kv_byte_seconds / workload.queries, account.peak_kv_bytes,
+        account.kv_byte_seconds / workload.queries, account.peak_kv_bytes, account.verifier_kv_bytes, scoring,
     )  # fmt: skip
 
 
