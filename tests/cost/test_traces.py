@@ -155,6 +155,24 @@ def test_cost_is_that_of_the_samples():
     assert nobody[0].per_solved == math.inf
 
 
+def test_the_order_of_a_file_decides_nothing():
+    """Scores of a verifier that says yes or no, and a file that has the right samples first, or last."""
+    made = [(correct, float(i % 4 < 2)) for i, correct in enumerate([True] * 8 + [False] * 8)]
+    files = [
+        Traces(Sample("q", str(i), 10 + 100 * (not right), (score,), right, f"{right}", 5)
+               for i, (right, score) in enumerate(order))
+        for order in (made, made[::-1])
+    ]  # fmt: skip
+    for n in (1, 2, 5):
+        found = [traces.accuracy(n, "best_of_n").value for traces in files]
+        assert found == pytest.approx([0.5, 0.5]), "half of those that it says yes to are right, and of the others too"
+        votes = [traces.accuracy(n, "weighted_vote").value for traces in files]
+        assert votes == pytest.approx([0.5, 0.5], abs=0.2)
+    # Of 16 samples, 8 are taken for the cost of one: short and long ones.
+    first, last = (traces.cost(1, "qwen3-0.6b", "h200", price="2 USD") for traces in files)
+    assert first == pytest.approx(last)
+
+
 def test_best_n():
     points = synthetic(20, 16).curve([1, 2, 4, 8, 16], "qwen3-8b", "h200", price="2 USD")
     assert best_n(points, 0).n == 1 and best_n(points, 1e6).n == 16

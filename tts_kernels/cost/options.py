@@ -49,6 +49,7 @@ def curves_of(
             counts or traces.counts(), model_named(args.model), hardware, method=method, aggregate=args.aggregate,
             price=price, sharing=sharing, regime=money_regime(args), efficiency=efficiency, prompt=args.prompt,
             verifier=verifier, verifier_model=model_named(model) if model else None,
+            verifier_head=getattr(args, "verifier_head", None) or "vocab",
         )
         for sharing in ("paged", "tree")
     }  # fmt: skip

@@ -136,6 +136,9 @@ class Traces:
 
         method     "pass" (any of them is right), "best_of_n" (the best-scored), "majority", "weighted_vote"
         aggregate  of a sample's step scores: "last", "min", "prod", "mean", "max"
+
+        The order of samples in the file decides nothing: of equal scores each is chosen as often, and where two answers
+        have equal sums of scores, a seeded order decides.
         """
         check_choice("method", method, METHODS)
         check_choice("aggregate", aggregate, AGGREGATES)
@@ -163,21 +166,23 @@ class Traces:
         prompt: int | None = None,
         verifier: str = "prm",
         verifier_model: ModelShape | str | None = None,
+        verifier_head: str = "vocab",
     ) -> float:
         """The modelled cost of a query with n samples of these lengths, in the price's currency: the mean over
-        questions and over at most 8 groups of n samples of each. prompt: tokens, where the traces do not say."""
+        questions and over at most 8 groups of n samples of each, from all over its samples. prompt: tokens, where the
+        traces do not say."""
         n, price, total = self._check_n(n), Price.parse(price), 0.0
         for question, samples in self.questions.items():
             length = samples[0].prompt_tokens if prompt is None else check_int("prompt", prompt, 0)
             if length is None:
                 fail("prompt", f"a length, since the samples of question {question!r} have no prompt_tokens", "none")
-            starts = range(0, min(len(samples) - n + 1, n * GROUPS), n)
-            costs = []
+            starts, costs = range(0, len(samples) - n + 1, n), []
+            starts = [starts[i * len(starts) // GROUPS] for i in range(GROUPS)] if len(starts) > GROUPS else starts
             for start in starts:
                 group = samples[start : start + n]
                 steps = max(1, round(sum(len(s.step_scores) for s in group) / n))
                 work = Workload(n, length, tuple(s.tokens for s in group), steps=steps, verifier=verifier,
-                                verifier_model=verifier_model)  # fmt: skip
+                                verifier_model=verifier_model, verifier_head=verifier_head)  # fmt: skip
                 cost = query_cost(
                     work, model, hardware, sharing=sharing, regime=regime, price=price, efficiency=efficiency
                 )
@@ -209,8 +214,9 @@ class Traces:
 
 
 def best_n(points: Iterable[Point], value: float) -> Point:
-    """The N that is worth most: argmax of value * accuracy(N) - cost(N), value per solved query. (Choose N while a
-    further sample's v dA is at least its dC; the stopping rule of Stroebl et al., arXiv 2411.17501, in money.)"""
+    """Of these N the one that is worth most: argmax of value * accuracy(N) - cost(N), value per solved query. (Choose N
+    while a further sample's v dA is at least its dC; the stopping rule of Stroebl et al., arXiv 2411.17501, in
+    money.)"""
     value = check_number("value", value, least=0)
     return max(points, key=lambda point: (value * point.accuracy.value - point.cost, -point.n))
 
@@ -233,12 +239,16 @@ def synthetic(questions: int = 20, samples: int = 16, seed: int = 0, steps: int 
 
 def _chance(samples: list[Sample], n: int, method: str, aggregate, seed: int) -> tuple[float, bool]:
     """Of one question: (chance that the choice is right, whether exact)."""
+    samples = random.Random(seed).sample(samples, len(samples))
     correct = [sample.correct for sample in samples]
     if method == "pass":
         return pass_at_k(len(samples), sum(correct), n), True
     scores = [aggregate(sample.step_scores) if sample.step_scores else math.nan for sample in samples]
     if method == "best_of_n":
-        return best_of_k(scores, correct, n), True
+        equal: dict[float, list[bool]] = {}
+        for score, right in zip(scores, correct):
+            equal.setdefault(score, []).append(right)
+        return best_of_k(scores, [sum(equal[score]) / len(equal[score]) for score in scores], n), True
     answers = [sample.answer for sample in samples]
     if all(answer is None for answer in answers):
         fail(
