@@ -173,10 +173,11 @@ def headline(study: Study, measured: Sequence[Mapping] = ()) -> Section:
     return Section(
         "headline", "What sharing buys",
         "How many times cheaper a query (its candidates and their verifier) is when a prefix is read once per step "
-        "(V2) than when it is stored once and read by each candidate (V1). The dashed line is the ceiling for KV reads "
-        "alone; weights, which everyone reads, keep generation below it. A point can lie above the line only because "
-        "its verifier saves as well: V1's scorers encode the prompt anew for each candidate. Decode alone is in the "
-        "table. A track joins the same scenario with rising N; the large mark is the scenario's own N.",
+        "(V2) than when it is stored once and read by each candidate (V1). The dashed line is the ceiling for KV "
+        "reads alone; weights, which everyone reads, keep generation below it. Reads are charged to memory: where a "
+        "prefix stays in a cache, V1 is cheaper than shown. A point can lie above the line only because its verifier "
+        "saves as well: V1's scorers encode the prompt anew for each candidate. Decode alone is in the table. A track "
+        "joins the same scenario with rising N; the large mark is the scenario's own N.",
         alt=alt, provenance=study.provenance("isolated", kind),
         figure=figures.draw(figures.headline, tracks, measured, tuple(REGIMES), study.brief(kind)), tables=tables,
     )  # fmt: skip
