@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from tts_kernels.cost import Lognormal, ModelShape, Workload
+from tts_kernels.cost import Lognormal, ModelShape, Workload, query_cost
 
 
 def test_lognormal():
@@ -36,6 +36,24 @@ def test_lengths():
     assert [g.n for g in Workload(8, 5, 4).groups(4)] == [4]
     beam = Workload(12, 5, 20, search="beam", keep=4, steps=5)
     assert [(g.n, g.keep) for n in (6, 4, 1) for g in beam.groups(n)] == [(6, 2), (4, 1), (1, 1)]
+
+
+def test_prompts_and_trunk_that_vary():
+    lengths = Lognormal(500, 0.5, 900, seed=7)
+    work = Workload(2, lengths, 30, queries=4)
+    assert work.prompts == tuple(lengths.draw(4)) and len(set(work.prompts)) == 4
+    assert work.sharing_ratio == pytest.approx(2 * statistics.fmean(lengths.draw(4)) / 30)
+    assert dataclasses.replace(work, queries=1).prompts == work.prompts[:1]
+    cost = query_cost(work, "qwen3-0.6b", "h200")
+    assert cost.parts == query_cost(Workload(2, work.prompts, 30, queries=4), "qwen3-0.6b", "h200").parts
+    assert Workload(2, 5, 30, trunk=lengths) == Workload(2, 5, 30, trunk=lengths.draw(1)[0])
+    drawn = {"mean": 500, "cv": 0.5, "cap": 900, "seed": 7}
+    assert Workload.from_dict({"n": 2, "prompt": drawn, "suffix": 30, "queries": 4}) == work
+    assert Workload.from_dict({"n": 2, "prompt": 5, "suffix": 30, "trunk": drawn}).trunk == lengths.draw(1)[0]
+    with pytest.raises(ValueError, match="trunk: expected a number with several queries"):
+        Workload(2, 5, 30, trunk=lengths, queries=2)
+    with pytest.raises(TypeError, match="prompt: expected mean, cv, cap and seed of a lognormal"):
+        Workload.from_dict({"n": 2, "prompt": {"men": 5}, "suffix": 30})
 
 
 def test_from_dict():

@@ -52,11 +52,13 @@ class Workload:
     """n candidates for a query, and their verifier.
 
     n        candidates of a query
-    prompt   tokens of the prompt, which is prefilled; several numbers: of the queries, in turn
+    prompt   tokens of the prompt, which is prefilled; several numbers: of the queries, in turn; a Lognormal: drawn for
+             each query (with a seed other than the suffix's, or long ones go together)
     suffix   tokens that each candidate decodes for itself: a number, a Lognormal, or n * queries numbers. They are
              decode steps: the first new token comes from the prefill, the last is not computed, so a sample of T new
              tokens has T - 1; taking T for it adds one step to each
-    trunk    tokens that the query decodes once, alone, before it forks into n candidates that share them
+    trunk    tokens that the query decodes once, alone, before it forks into n candidates that share them; a Lognormal,
+             where there is one query: drawn once
     search   "best_of_n"; "beam" or "dvts": `keep` of n are kept after each of `steps` steps and n / keep continue each.
              The kept ones are taken to share the prefix alone: exact for dvts, whose subtrees do, too dear for a beam
     steps    of a candidate: positions that a PRM scores
@@ -69,9 +71,9 @@ class Workload:
     """
 
     n: int
-    prompt: int | tuple[int, ...]
+    prompt: int | Lognormal | tuple[int, ...]
     suffix: int | Lognormal | tuple[int, ...]
-    trunk: int = 0
+    trunk: int | Lognormal = 0
     search: str = "best_of_n"
     keep: int | None = None
     steps: int = 1
@@ -82,6 +84,10 @@ class Workload:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.trunk, Lognormal):
+            if self.queries != 1:
+                fail("trunk", "a number with several queries, which decode theirs in lockstep", self.trunk)
+            object.__setattr__(self, "trunk", self.trunk.draw(1)[0])
         for field, least in (("n", 1), ("trunk", 0), ("steps", 1), ("queries", 1)):
             check_int(field, getattr(self, field), least)
         check_choice("search", self.search, SEARCHES)
@@ -95,7 +101,7 @@ class Workload:
             object.__setattr__(
                 self, "prompt", tuple(check_int(f"prompt[{i}]", p, 0) for i, p in enumerate(self.prompt))
             )
-        else:
+        elif not isinstance(self.prompt, Lognormal):
             check_int("prompt", self.prompt, 0)
         if isinstance(self.suffix, (list, tuple)):
             if len(self.suffix) != self.n * self.queries:
@@ -126,6 +132,8 @@ class Workload:
     @functools.cached_property
     def prompts(self) -> tuple[int, ...]:
         """Of each query."""
+        if isinstance(self.prompt, Lognormal):
+            return tuple(self.prompt.draw(self.queries))
         prompts = self.prompt if isinstance(self.prompt, tuple) else (self.prompt,)
         return tuple(prompts[i % len(prompts)] for i in range(self.queries))
 
@@ -186,11 +194,12 @@ class Workload:
             if key not in fields:
                 fail("workload", f"a field {key!r}", ", ".join(fields) or "nothing")
         fields = dict(fields)
-        if isinstance(fields["suffix"], Mapping):
-            try:
-                fields["suffix"] = Lognormal(**fields["suffix"])
-            except TypeError as error:
-                fail("suffix", "mean, cv, cap and seed of a lognormal", error, TypeError)
+        for key in ("prompt", "trunk", "suffix"):
+            if isinstance(fields.get(key), Mapping):
+                try:
+                    fields[key] = Lognormal(**fields[key])
+                except TypeError as error:
+                    fail(key, "mean, cv, cap and seed of a lognormal", error, TypeError)
         return cls(**fields)
 
 
