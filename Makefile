@@ -3,10 +3,12 @@
 #   make test PYTHON=python3.12        the interpreter that .venv is made with
 #   make test VENV=0 PYTHON=python3    no .venv: that interpreter as it is, nothing installed; the module is built in place
 #   make venv TORCH_INDEX=             torch from the default index, whatever GPU is or is not there
+#   make test JOBS=0                   the tests one after the other, as --pdb and -s need it
 #   make test ARGS="-k softcap -x"     arguments for pytest (test, bench, sanitize) or for tts-kernels demo
 
 PYTHON = python3
 VENV = 1
+JOBS = 2
 ARGS =
 
 ROOT := $(CURDIR)
@@ -51,8 +53,10 @@ venv: $(READY)
 demo: $(READY)
 	$(DEMO) demo $(ARGS)
 
+# Files side by side. Threads that wait must not spin then: more of them than cores would wait for one another.
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest \
+	$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist loadfile") $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
