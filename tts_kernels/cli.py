@@ -18,8 +18,16 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 if all went well, 1 if the command failed or its check did, 2 for a wrong command line."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Exit status 0 if all went well, 1 if the command failed or its check did, 2 for a wrong command line, 130 if it
+    was interrupted."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # commands that have something finished by then show it themselves
+        print("tts-kernels: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tts-kernels", description="Kernels for test-time scaling over shared KV.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from tts_kernels import ceilings, cli
+from tts_kernels.cost import command, economics_command
 from tts_kernels.cost.economics import compare
 from tts_kernels.cost.traces import Traces, synthetic
 
@@ -70,6 +71,8 @@ def test_one_scenario(capsys):
         "--model",
         "qwen3-4b",
     )
+    out_of_f = run(capsys, "cost", "--scenario", "F", "--regime", "isolated")
+    assert "prompt 512, 2048, 8192, trunk 0" in out_of_f and "8 candidates each. Cascades" in out_of_f
     assert "copies, s" not in out and "qwen3-4b" in out and "100% of the bandwidth" in out
 
 
@@ -84,6 +87,9 @@ def test_a_workload_of_ones_own(capsys, tmp_path):
     out = run(capsys, "cost", *own, "--model", "qwen3-8b", "--cv", "0.5", "--cap", "900", "--verifier", "prm",
               "--verifier-model", "qwen3-0.6b", "--trunk", "100", "--steps", "4")  # fmt: skip
     assert "prm_suffix" in out
+    scored = (*own, "--model", "qwen3-8b", "--verifier", "prm", "--sharing", "paged", "--regime", "isolated")
+    tables = [run(capsys, "cost", *scored, "--verifier-head", head) for head in ("vocab", "mlp", "linear")]
+    assert len({line for table in tables for line in table.splitlines() if "| prm_head" in line}) == 3
     (tmp_path / "config.json").write_text(json.dumps({
         "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100,
         "intermediate_size": 128, "max_position_embeddings": 8192,
@@ -123,7 +129,11 @@ def test_traces(capsys, traces, tmp_path):
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["1", "2", "4", "8"]
     assert len(json.loads(file.read_text())) == 8
     out = run(capsys, "cost", "--traces", traces, "--model", "qwen3-8b", "--price", "2 EUR", "--method", "majority")
-    assert "accuracy, majority" in out and "EUR" in out
+    assert "accuracy, majority" in out and "EUR" in out and "drawn" not in out
+    synthetic(2, 16).write(tmp_path / "more.jsonl")
+    out = run(capsys, "cost", "--traces", str(tmp_path / "more.jsonl"), "--model", "qwen3-8b", "--price", "2 USD")
+    drawn = [line.split("|")[1].strip() for line in out.splitlines() if line.count("drawn") == 1]
+    assert drawn == ["8"], "12,870 choices of 8 are too many for weighted votes, 1,820 of 4 are not"
 
 
 def test_traces_interrupted(capsys, traces, monkeypatch):
@@ -140,6 +150,56 @@ def test_traces_interrupted(capsys, traces, monkeypatch):
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["1", "2"]
 
 
+def stop_at(monkeypatch, module, call):
+    """Ctrl-C in this call of `costs_of`, counted from 1."""
+    inner, calls = module.costs_of, []
+
+    def costs_of(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(module, "costs_of", costs_of)
+
+
+@pytest.mark.parametrize("call, tables, scenarios", [(1, 0, 0), (3, 1, 2), (9, 1, 8), (10, 2, 9)])
+def test_scenarios_interrupted(capsys, monkeypatch, tmp_path, call, tables, scenarios):
+    """Of 8 scenarios in 2 regimes: no traceback, and what was finished is printed and written."""
+    stop_at(monkeypatch, command, call)
+    file = tmp_path / "figures.json"
+    assert cli.main(["cost", "--scenario", "all", "--json", str(file)]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.count("| scenario") == tables and "interrupted" in captured.err
+    rows = [line for line in captured.out.splitlines() if re.match(r"\| [A-F]2? ", line)]
+    assert len(rows) == scenarios
+    assert len(json.loads(file.read_text())) == 3 * scenarios
+
+
+def test_one_workload_interrupted(capsys, monkeypatch, tmp_path):
+    stop_at(monkeypatch, command, 2)
+    file = tmp_path / "figures.json"
+    assert cli.main(["cost", "--scenario", "B", "--json", str(file)]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.count("| part") == 1 and "interrupted: saturated is missing" in captured.err
+    assert len(json.loads(file.read_text())) == 3
+
+
+def test_economics_interrupted(capsys, monkeypatch):
+    stop_at(monkeypatch, economics_command, 1)
+    assert cli.main(["economics", *EQUAL, "--external-accuracy", "0.8"]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "tts-kernels: interrupted\n" and not captured.out
+
+
+def test_interrupted_before_a_command_begins(capsys, monkeypatch):
+    def interrupt(parser):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "add_arguments", interrupt)
+    assert cli.main(["cost"]) == 130 and "interrupted" in capsys.readouterr().err
+
+
 OWN = ("--prompt", "3", "--suffix", "5", "--model", "qwen3-8b")
 EQUAL = ("--train-cost", "14 USD", "--queries", "20000", "--price", "2 USD", "--internal-accuracy", "0.75")
 
@@ -148,6 +208,7 @@ def test_economics(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     file, plot = tmp_path / "figures.json", tmp_path / "plot.svg"
     out = run(capsys, "economics", *EQUAL, "--external-accuracy", "0.76", "--json", str(file), "--plot", str(plot))
+    assert "internal: A leaf-bon-longcot, one candidate of 12,000 tokens, r1-distill-qwen-7b" in out
     assert "7.81e-04" in out and "at least as high" in out and "training x 2" in out and "cheapest is: internal" in out
     found = json.loads(file.read_text())
     assert 10_000 < found["break_even"]["paged"] < found["break_even"]["tree"] < 25_000
@@ -158,7 +219,8 @@ def test_economics(capsys, tmp_path):
 def test_economics_of_traces(capsys, traces):
     arguments = (*EQUAL[:-1], "0.5", "--traces", traces, "--model", "qwen3-8b")
     out = run(capsys, "economics", *arguments)
-    assert "never" in out and "best_of_n, N = " in out, "short samples are cheaper than a long chain of thought"
+    assert re.search(r"best_of_n, N = [1-8], 95% interval 0[.]\d+ to [01][.]\d+; accuracy 0[.]\d{1,4}, ", out)
+    assert "never" in out, "short samples are cheaper than a long chain of thought"
     error = run(capsys, "economics", *EQUAL[:-1], "0.99", "--traces", traces, "--model", "qwen3-8b", status=1)
     assert "expected at least the internal side's 0.99" in error and "equal accuracy" in error
 
@@ -173,6 +235,13 @@ def test_economics_of_traces(capsys, traces):
         (("cost", "--n", "4", "--prompt", "3", "--model", "qwen3-8b"), "--suffix: expected a value"),
         (("cost", "--n", "4", "--prompt", "3", "--suffix", "5"), "--model: expected a value"),
         (("cost", "--scenario", "A", "--prompt", "3"), "--scenario: expected none beside --prompt"),
+        (("cost", "--n", "4", *OWN, "--cap", "9"), "--cap: expected none without --cv.*got 9"),
+        (("cost", "--scenario", "A", "--method", "pass"), "--method: expected none without --traces, got pass"),
+        (("cost", "--value", "2 USD"), "--value: expected none without --traces"),
+        (("cost", "--traces", "x.jsonl", "--scenario", "A"), "--scenario: expected none beside --traces, got A"),
+        (("cost", "--traces", "x.jsonl", "--n", "4"), "--n: expected none beside --traces, got 4"),
+        (("cost", "--scenario", "A", "--verifier-head", "mlp"), "--verifier-head: expected none without a workload"),
+        (("cost", "--price", "2,5 EUR"), "price: expected an amount with its currency"),
         (("cost", "--n", "-4", *OWN), "n: expected at least 1, got -4"),
         (("cost", "--n", "4", *OWN, "--prompt", "50000"), "40960 tokens, the limit"),
         (("cost", "--scenario", "A", "--verifier", "none"), "--verifier: expected none without a workload"),

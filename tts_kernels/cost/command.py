@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .account import Efficiency
@@ -29,7 +30,7 @@ from .query import SHARINGS
 from .scenario import Scenario, scenarios
 from .table import caption, costs_of, markdown, part_table, scenario_table, summary_table
 from .traces import METHODS, Point, Traces, best_n
-from .workload import SEARCHES, VERIFIERS, Lognormal, Workload
+from .workload import HEADS, SEARCHES, VERIFIERS, Lognormal, Workload
 
 EXAMPLES = """examples:
   tts-kernels cost --scenario all --hardware h200
@@ -37,7 +38,11 @@ EXAMPLES = """examples:
   tts-kernels cost --model qwen3-8b --n 32 --prompt 8192 --suffix 512 --hardware h100
   tts-kernels cost --traces samples.jsonl --model qwen3-8b --hardware h200 --price '2 USD' --value '0.05 USD'
 """
-EXTRA = ("trunk", "cv", "cap", "search", "keep", "steps", "verifier", "verifier_model")  # of a workload of one's own
+EXTRA = (  # of a workload of one's own
+    "trunk", "cv", "cap", "search", "keep", "steps", "verifier", "verifier_model", "verifier_head",
+)  # fmt: skip
+NOT_OF_TRACES = ("scenario", "n", "suffix", "trunk", "cv", "cap", "search", "keep", "steps")
+OF_TRACES = ("method", "value")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="steps of a candidate (default 1)")
     add("--verifier", choices=VERIFIERS, help="default none; with traces that are chosen among by score prm")
     add("--verifier-model", metavar="NAME", help="a preset or config.json (default: as the policy)")
+    add("--verifier-head", choices=HEADS, help="what V0 and V1 verifiers compute at every token: their LM head, an "
+        "MLP, a linear layer (default vocab)")  # fmt: skip
     add_common_arguments(parser)
     add("--sharing", choices=[*SHARINGS, "all"], default="all", help="policies to print for one workload")
     add("--watts", type=float, help="mean power of the device, for joules")
@@ -70,14 +77,22 @@ def main(args: argparse.Namespace) -> int:
     """Print what queries cost. Exit status 0; 130 where it was interrupted, after the table of what was finished."""
     check_output(args.json)
     hardware, efficiency = device_of(args)
-    complete = True
+    _refuse(args, NOT_OF_TRACES if args.traces else OF_TRACES, "none " + ("beside" if args.traces else "without")
+            + " --traces")  # fmt: skip
     if args.traces:
         figures, complete = _print_traces(args, hardware, efficiency)
     else:
         chosen = _chosen(args)
-        figures = (_print_scenarios if len(chosen) > 1 else _print_one)(args, chosen, hardware, efficiency)
+        figures, complete = (_print_scenarios if len(chosen) > 1 else _print_one)(args, chosen, hardware, efficiency)
     write_json(args.json, figures)
     return 0 if complete else 130
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], expected: str) -> None:
+    """What would be ignored."""
+    for name in names:
+        if getattr(args, name) is not None:
+            fail("--" + name.replace("_", "-"), expected, getattr(args, name))
 
 
 def _chosen(args: argparse.Namespace) -> list[Scenario]:
@@ -87,8 +102,7 @@ def _chosen(args: argparse.Namespace) -> list[Scenario]:
         fail("--scenario", "none beside --prompt and --suffix", args.scenario)
     extra = {name: getattr(args, name) for name in EXTRA if getattr(args, name) is not None}
     if not own:
-        for name, value in extra.items():
-            fail("--" + name.replace("_", "-"), "none without a workload of --prompt and --suffix", value)
+        _refuse(args, EXTRA, "none without a workload of --prompt and --suffix")
         name = args.scenario or "all"
         found = scenarios() if name == "all" else [Scenario.load(name)]
         if args.model:
@@ -98,6 +112,8 @@ def _chosen(args: argparse.Namespace) -> list[Scenario]:
         if getattr(args, name) is None:
             fail(f"--{name}", "a value, as --model, --n, --prompt and --suffix make a workload", "none")
     cv, cap = extra.pop("cv", None), extra.pop("cap", None)
+    if cap is not None and cv is None:
+        fail("--cap", "none without --cv: the suffixes are as long as --suffix says", cap)
     suffix = args.suffix if cv is None else Lognormal(args.suffix, cv, cap)
     if "verifier_model" in extra:
         extra["verifier_model"] = model_named(extra["verifier_model"])
@@ -107,52 +123,75 @@ def _chosen(args: argparse.Namespace) -> list[Scenario]:
 
 def _print_scenarios(
     args: argparse.Namespace, chosen: list[Scenario], hardware: Hardware, efficiency: Efficiency
-) -> list:
+) -> tuple[list, bool]:
+    """Figures, and whether all were reached."""
     if args.sharing != "all":
         fail("--sharing", "all where several scenarios are printed", args.sharing)
-    figures = []
+    figures, complete = [], True
     for regime in regimes_of(args, ("isolated", "saturated")):
-        costs = {
-            f"{s.id} {s.name}": costs_of(s, hardware, regime, efficiency, price=args.price, watts=args.watts)
-            for s in chosen
-        }
+        costs = {}
+        try:
+            for s in chosen:
+                of = costs_of(s, hardware, regime, efficiency, price=args.price, watts=args.watts)
+                figures += [cost.to_dict() for cost in of.values()]  # m(N) among them, which takes most of the time
+                costs[f"{s.id} {s.name}"] = of
+        except KeyboardInterrupt:
+            print("interrupted: the last table ends with what was finished", file=sys.stderr)
+            complete = False
+        if not costs:
+            break
         print(caption(hardware, regime, efficiency, _kind(costs.values())) + "\n")
-        print(scenario_table(costs) + "\n")
-        figures += [cost.to_dict() for of in costs.values() for cost in of.values()]
+        print(scenario_table(costs) + "\n", flush=True)
+        if not complete:
+            break
     for scenario in chosen:
         print(f"{scenario.id:3} v{scenario.version}  {scenario.title}, {scenario.model.name}. {scenario.note}".rstrip())
     print(
         "\nV0 copies the prompt per candidate, V1 stores it once and reads it for each, V2 reads it once per step. "
         "Compare V2 with V1.\n"
         "KV bound: N(2P+S)/(2P+NS), towards 1 + 2P/S: what sharing saves of the KV reads at most.\n"
-        "m(N): cost of N candidates and their verifier over that of one, unverified."
+        "m(N): cost of N candidates and their verifier over that of one, unverified.\n"
+        "V0 and V1 verifiers encode the prompt with every candidate, in a search earlier steps too, and compute a head "
+        "(verifier_head: the LM head in the scenarios) at every token.\n"
+        "V1/V2 has that in it, decode V1/V2 has not: a cascade gains the latter as well where the whole batch has one "
+        "prefix.\n"
+        "N reads by V1 are charged to memory: where a layer's prefix stays in the L2 cache, V1 is cheaper than shown."
     )
-    return figures
+    return figures, complete
 
 
-def _print_one(args: argparse.Namespace, chosen: list[Scenario], hardware: Hardware, efficiency: Efficiency) -> list:
-    figures, (scenario,) = [], chosen
+def _print_one(
+    args: argparse.Namespace, chosen: list[Scenario], hardware: Hardware, efficiency: Efficiency
+) -> tuple[list, bool]:
+    figures, (scenario,), complete = [], chosen, True
     name = f"{scenario.id} {scenario.name}".strip()
     print(
-        f"{name}, {scenario.model.name}: {_about(scenario.workload)}. {scenario.title} {scenario.note}".rstrip() + "\n"
+        ". ".join(
+            filter(None, (f"{name}, {scenario.model.name}: {_about(scenario.workload)}", scenario.title, scenario.note))
+        )
+        + "\n"
     )
     for regime in regimes_of(args, ("isolated", "saturated")):
-        costs = costs_of(scenario, hardware, regime, efficiency, price=args.price, watts=args.watts)
-        shown = costs if args.sharing == "all" else {args.sharing: costs[args.sharing]}
+        try:
+            costs = costs_of(scenario, hardware, regime, efficiency, price=args.price, watts=args.watts)
+            shown = costs if args.sharing == "all" else {args.sharing: costs[args.sharing]}
+            figures += [cost.to_dict() for cost in shown.values()]  # m(N) among them, which takes most of the time
+        except KeyboardInterrupt:
+            print(f"interrupted: {regime} is missing", file=sys.stderr)
+            complete = False
+            break
         print(caption(hardware, regime, efficiency, _kind([costs])) + "\n")
         print(part_table(shown) + f"\n(TFLOP and GB: {list(shown)[-1]})\n")
-        print(summary_table(shown) + "\n")
-        figures += [cost.to_dict() for cost in shown.values()]
+        print(summary_table(shown) + "\n", flush=True)
     for sharing, text in SHARINGS.items():
         print(f"{sharing:7} {text}")
-    return figures
+    return figures, complete
 
 
 def _about(work: Workload) -> str:
-    lengths = [length for query in work.suffixes for length in query]
-    return (
-        f"N = {work.n}, prompt {work.prompt}, trunk {work.trunk}, suffixes of {min(lengths)} to {max(lengths)} tokens"
-    )
+    lengths, prompts = [length for query in work.suffixes for length in query], sorted(set(work.prompts))
+    prompt = ", ".join(map(str, prompts)) if len(prompts) < 4 else f"of {prompts[0]} to {prompts[-1]}"
+    return f"N = {work.n}, prompt {prompt}, trunk {work.trunk}, suffixes of {min(lengths)} to {max(lengths)} tokens"
 
 
 def _kind(costs) -> str:
@@ -176,7 +215,7 @@ def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Effi
         print(f"N = {n} of {counts[-1]} ..", file=sys.stderr)
         try:
             points = curves_of(args, traces, hardware, efficiency, price, [n])
-            others = [traces.accuracy(n, other, aggregate=args.aggregate).value for other in shown]
+            others = [traces.accuracy(n, other, aggregate=args.aggregate) for other in shown]
         except KeyboardInterrupt:
             print("interrupted: what follows ends before that N", file=sys.stderr)
             complete = False
@@ -189,7 +228,7 @@ def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Effi
             [
                 str(tree.n),
                 f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f}){'' if found.exact else ' drawn'}",
-                *(f"{value:.3f}" for value in others),
+                *(f"{other.value:.3f}{'' if other.exact else ' drawn'}" for other in others),
                 *(f"{x:.3g}" for x in (paged.cost, tree.cost, paged.per_solved, tree.per_solved)),
             ]
         )
@@ -208,7 +247,7 @@ def _print_traces(args: argparse.Namespace, hardware: Hardware, efficiency: Effi
         value = amount_of("--value", args.value, price)
         for label, sharing in (("V1", "paged"), ("V2", "tree")):
             best = best_n(curves[sharing], value)
-            print(f"{label}: at {value:g} {money} a solved query, N = {best.n} is worth most")
+            print(f"{label}: at {value:g} {money} a solved query, N = {best.n} is worth most of these")
     return figures, complete
 
 

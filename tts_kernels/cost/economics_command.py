@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .account import Efficiency
@@ -53,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_comparison_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     add = parser.add_argument
     add("--train-cost", metavar="MONEY", required=required, help="of training once, with its currency: '14 USD'")
-    add("--internal", metavar="SCENARIO", default="A", help="its first candidate alone, unverified, is a query of the "
-        "trained model (default %(default)s)")  # fmt: skip
+    add("--internal", metavar="SCENARIO", default="A", help="one candidate of its mean length, unverified, is a query "
+        "of the trained model (default %(default)s)")  # fmt: skip
     add("--external", metavar="SCENARIO", default="B", help="a query of the sampled side (default %(default)s); traces "
         "take its place")  # fmt: skip
     add("--internal-accuracy", type=float, help="of the trained model")
@@ -63,46 +65,49 @@ def add_comparison_arguments(parser: argparse.ArgumentParser, *, required: bool)
 
 def main(args: argparse.Namespace) -> int:
     """Print the break-even volume of training against sampling. Exit status 0; a comparison at unequal accuracy is an
-    error."""
+    error. Interrupted, it has nothing to compare."""
     check_output(args.json)
     check_output(args.plot)
     hardware, efficiency = device_of(args)
     regime = money_regime(args)
     queries = check_number("--queries", args.queries, least=0)
     traces = Traces.read(args.traces) if args.traces else None
-    found, internal, source = comparison_of(args, hardware, efficiency, traces)
+    found, internal, source = comparison_of(args, hardware, efficiency, traces, _progress)
     money = f"{price_of(args).amount:g} {found.currency} a GPU hour"
     print(caption(hardware, regime, efficiency, "costs (model)") + f"; {money}")
     print(f"internal: {internal}; accuracy {found.internal_accuracy:g}")
-    print(f"external: {source}; accuracy {found.external_accuracy:g}, at least as high: costs are compared\n")
+    print(f"external: {source}; accuracy {found.external_accuracy:.4g}, at least as high: costs are compared\n")
     print(_economics_table(found, queries) + "\n")
     print(found.sensitivity())
-    if args.plot:
-        found.plot(args.plot, f"costs: model, {hardware.name}, {regime}; external: {source}")
-        print(f"\nplot in {args.plot}")
     figures = {
         **dataclasses.asdict(found), "queries": queries, "regime": regime, "hardware": hardware.name,
         "break_even": {s: finite(found.volume(s)) for s in found.external},
     }  # fmt: skip
     write_json(args.json, figures)
+    if args.plot:
+        found.plot(args.plot, f"costs: model, {hardware.name}, {regime}; external: {source}")
+        print(f"\nplot in {args.plot}")
     return 0
 
 
 def comparison_of(
-    args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency, traces: Traces | None
-) -> tuple[Comparison, str, str]:
-    """What the arguments ask to compare, and in words its internal and its external side."""
+    args: argparse.Namespace, hardware: Hardware, efficiency: Efficiency, traces: Traces | None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Comparison, str, str]:  # fmt: skip
+    """What the arguments ask to compare, and in words its internal and its external side. `progress` is told what is
+    being worked on."""
     price, regime = price_of(args), money_regime(args)
     train_cost = amount_of("--train-cost", args.train_cost, price)
     inner = Scenario.load(args.internal).with_n(1)
+    tokens = _mean(inner.workload)
     single = query_cost(
-        dataclasses.replace(inner.workload, suffix=_mean(inner.workload), queries=1), inner.model, hardware,
+        dataclasses.replace(inner.workload, suffix=tokens, queries=1), inner.model, hardware,
         regime=regime, efficiency=efficiency, price=price,
     )  # fmt: skip
     if traces:
         if args.external_accuracy is not None:
             fail("--external-accuracy", "none beside --traces, which have their own", args.external_accuracy)
-        accuracy, external, source = _external_of_traces(args, traces, hardware, efficiency, price)
+        accuracy, external, source = _external_of_traces(args, traces, hardware, efficiency, price, progress)
     else:
         outer = Scenario.load(args.external)
         costs = costs_of(outer, hardware, regime, efficiency, price=price)
@@ -110,7 +115,7 @@ def comparison_of(
         source = f"{outer.id} {outer.name}, N = {outer.workload.n}, {outer.model.name}"
     found = compare(train_cost, single.money, external, internal_accuracy=args.internal_accuracy,
                     external_accuracy=accuracy, currency=price.currency)  # fmt: skip
-    return found, f"{inner.id} {inner.name}, one candidate, {inner.model.name}", source
+    return found, f"{inner.id} {inner.name}, one candidate of {tokens:,} tokens, {inner.model.name}", source
 
 
 def _economics_table(found: Comparison, queries: float) -> str:
@@ -130,18 +135,28 @@ def _economics_table(found: Comparison, queries: float) -> str:
 
 
 def _external_of_traces(
-    args: argparse.Namespace, traces: Traces, hardware: Hardware, efficiency: Efficiency, price: Price
-) -> tuple[float, dict[str, float], str]:
+    args: argparse.Namespace, traces: Traces, hardware: Hardware, efficiency: Efficiency, price: Price,
+    progress: Callable[[str], None],
+) -> tuple[float, dict[str, float], str]:  # fmt: skip
     """The smallest N of the traces that reaches the internal accuracy; the best one where none does."""
     if not args.model:
         fail("--model", "the model that the samples are of", "none")
-    curves = curves_of(args, traces, hardware, efficiency, price)
-    points = curves["tree"]
-    enough = [i for i, point in enumerate(points) if point.accuracy.value >= (args.internal_accuracy or 0)]
-    index = enough[0] if enough else max(range(len(points)), key=lambda i: points[i].accuracy.value)
-    point = points[index]
-    source = f"{args.traces}, {point.accuracy.method}, N = {point.n}"
-    return point.accuracy.value, {s: curves[s][index].cost for s in curves}, source
+    best, counts = None, traces.counts()
+    for n in counts:
+        progress(f"N = {n} of {counts[-1]} ..")
+        found = {s: curve[0] for s, curve in curves_of(args, traces, hardware, efficiency, price, [n]).items()}
+        if best is None or found["tree"].accuracy.value > best["tree"].accuracy.value:
+            best = found
+        if found["tree"].accuracy.value >= (args.internal_accuracy or 0):
+            break
+    point = best["tree"]
+    found = point.accuracy
+    source = f"{args.traces}, {found.method}, N = {point.n}, 95% interval {found.low:.3f} to {found.high:.3f}"
+    return point.accuracy.value, {s: of.cost for s, of in best.items()}, source
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _mean(work: Workload) -> int:
