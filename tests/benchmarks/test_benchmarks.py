@@ -33,9 +33,11 @@ def run(folder, *arguments, plugin=""):
     (folder / "plugin.py").write_text(plugin)
     command = [sys.executable, "-m", "pytest", "benchmarks", "--grid", "tiny", "--results", str(folder), "-p", "plugin"]
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # pytest-benchmark times nothing where it is told of xdist, which runs these tests, not the benchmarks.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [*command, "-p", "no:cacheprovider", *arguments],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
 
 
