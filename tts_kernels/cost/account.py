@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .checks import check_number, fail
+from tts_kernels.errors import fail
+
+from .checks import check_number
 from .hardware import Hardware
 from .shapes import ModelShape
 from .workload import Workload

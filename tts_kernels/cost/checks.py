@@ -1,27 +1,14 @@
-"""What the cost functions accept. Plain Python, like the formulas: nothing here needs torch, hence `fail` and
-`check_int` of its own, as those of tree/checks.py."""
+"""What the cost functions accept. Plain Python, like the formulas: nothing here needs torch."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import operator
 from collections.abc import Iterable
 from numbers import Real
 from typing import NoReturn
 
-
-def fail(argument: str, expected: object, got: object, error: type[Exception] = ValueError) -> NoReturn:
-    raise error(f"{argument}: expected {expected}, got {got}")
-
-
-def check_int(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        fail(name, "an int", repr(value), TypeError)
-    value = operator.index(value)
-    if value < least:
-        fail(name, f"at least {least}", value)
-    return value
+from tts_kernels.errors import fail
 
 
 def check_number(name: str, value: object, *, least: float = -math.inf, most: float = math.inf) -> float:

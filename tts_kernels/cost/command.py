@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tts_kernels.errors import fail
+
 from .account import Efficiency
-from .checks import fail
 from .hardware import Hardware
 from .options import (
     add_common_arguments,

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tts_kernels.errors import fail
+
 from . import figures
-from .checks import check_number, fail
+from .checks import check_number
 from .formulas import break_even
 from .table import markdown, volume_text
 

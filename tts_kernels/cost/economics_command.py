@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tts_kernels.errors import fail
+
 from .account import Efficiency
-from .checks import check_number, fail
+from .checks import check_number
 from .economics import Comparison, cheapest, compare
 from .hardware import Hardware
 from .options import (

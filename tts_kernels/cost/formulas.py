@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 
-from .checks import check_int, check_number, fail
+from tts_kernels.errors import check_int, fail
+
+from .checks import check_number
 from .hardware import Hardware, as_hardware
 from .shapes import ModelShape, as_model
 

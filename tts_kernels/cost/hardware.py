@@ -8,7 +8,9 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 
-from .checks import check_choice, check_number, fail, fail_unknown
+from tts_kernels.errors import fail
+
+from .checks import check_choice, check_number, fail_unknown
 
 DTYPES = ("bfloat16", "float16", "float32")
 

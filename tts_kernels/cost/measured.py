@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from tts_kernels.errors import fail
+
 from . import figures
 from .account import PARTS
-from .checks import check_choice, check_number, fail
+from .checks import check_choice, check_number
 from .query import SHARINGS
 from .scenario import scenarios
 from .sections import VERSIONS, Section, Table, revision, today

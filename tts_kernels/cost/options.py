@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from tts_kernels.errors import fail
+
 from .account import PLANNED, Efficiency
-from .checks import fail
 from .hardware import Hardware, as_hardware
 from .query import REGIMES, Price
 from .shapes import ModelShape

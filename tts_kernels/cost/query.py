@@ -8,8 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tts_kernels.errors import check_int, fail
+
 from .account import DECODE, PARTS, PREFILL_RATE, Account, Efficiency, ScoringCall
-from .checks import check_choice, check_int, check_number, fail, fail_unknown
+from .checks import check_choice, check_number, fail_unknown
 from .hardware import Hardware, as_hardware
 from .shapes import BF16, ModelShape, as_model
 from .workload import Workload

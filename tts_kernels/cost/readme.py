@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from tts_kernels.errors import fail
+
 from . import sections
-from .checks import fail
 from .sections import Study, label_of
 from .table import HEADER, markdown, ratio, scenario_rows
 

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tts_kernels.errors import fail
+
 from . import figures, measured, readme, sections
-from .checks import check_number, fail
+from .checks import check_number
 from .economics_command import add_comparison_arguments, comparison_of
 from .options import (
     add_common_arguments,

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from .checks import check_int, fail, fail_unknown
+from tts_kernels.errors import check_int, fail
+
+from .checks import fail_unknown
 
 BF16 = 2  # bytes
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3")

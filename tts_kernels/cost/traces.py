@@ -23,8 +23,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tts_kernels.errors import check_int, fail
+
 from .account import Efficiency
-from .checks import check_choice, check_int, check_number, fail
+from .checks import check_choice, check_number
 from .formulas import best_of_k, pass_at_k
 from .hardware import Hardware
 from .query import Price, query_cost

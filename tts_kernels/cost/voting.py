@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from .checks import check_int, fail
+from tts_kernels.errors import check_int, fail
 
 SUBSETS = 4096  # as many choices of k are enumerated; of more, DRAWS are drawn
 DRAWS = 1000

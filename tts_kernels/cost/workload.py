@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from .checks import check_choice, check_int, check_number, fail
+from tts_kernels.errors import check_int, fail
+
+from .checks import check_choice, check_number
 from .shapes import ModelShape, as_model
 
 SEARCHES = ("best_of_n", "beam", "dvts")

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
 
 import torch
 
+from tts_kernels.errors import check_int, fail
+
 INT32_MAX = 2**31 - 1
-
-
-def fail(argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
-    raise error(f"{argument}: expected {expected}, got {got}")
-
-
-def check_int(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        fail(name, "an int", repr(value), TypeError)
-    value = operator.index(value)
-    if value < least:
-        fail(name, f"at least {least}", value)
-    return value
 
 
 def int_list(name: str, values: Sequence[int]) -> list[int]:

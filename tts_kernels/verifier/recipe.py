@@ -137,10 +137,6 @@ class Recipe:
         """Scores are sums of log-ratios of two models, not a head's."""
         return self.head.kind == "implicit"
 
-    @property
-    def beta(self) -> float:
-        return self.head.beta
-
     def split(self, output: str | Sequence[str]) -> list[str]:
         """A candidate's text as steps: cut at `split_on`, without white space around them, none empty. A list of steps
         as it is."""
