@@ -4,7 +4,11 @@
 #include <cstdint>
 
 // Always inlined: files compiled for different instruction sets share these without sharing code.
+#ifdef __CUDACC__
+#define TTS_SHARED __host__ __device__ __forceinline__
+#else
 #define TTS_SHARED inline __attribute__((always_inline))
+#endif
 
 namespace tts {
 

@@ -1,0 +1,142 @@
+// The host's side of a launch. Errors are std::runtime_error and name the kernel and the shape.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+namespace tts {
+
+struct Launch {
+  int64_t grid;          // blocks; 0 launches nothing
+  int block;             // threads, a multiple of 32
+  int64_t shared_bytes;  // of dynamic shared memory
+  uintptr_t stream;      // a cudaStream_t
+  const char* name;      // of the kernel, with what its instance is made for
+};
+
+// Where `std::string describe(const Params&)` exists beside the params, errors say the shape that it returns.
+template <typename P, typename = void>
+struct HasDescription : std::false_type {};
+template <typename P>
+struct HasDescription<P, std::void_t<decltype(describe(std::declval<const P&>()))>> : std::true_type {};
+
+template <typename P>
+[[noreturn]] void fail_launch(const Launch& at, const P& params, const std::string& reason) {
+  std::ostringstream text;
+  text << at.name << ": " << reason << " (" << at.grid << " blocks of " << at.block << " threads, " << at.shared_bytes
+       << " bytes of shared memory";
+  if constexpr (HasDescription<P>::value) text << "; " << describe(params);
+  text << ")";
+  throw std::runtime_error(text.str());
+}
+
+}  // namespace tts
+
+#ifdef TTS_EMULATED
+#include "emulated_launch.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace tts {
+
+inline bool cuda_is_emulated() { return false; }
+
+inline void check_cuda(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that is not sticky would come back from the next launch, whosever it is
+  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+// Makes `device` the current one for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : before_(current_device()), changed_(before_ != device) {
+    if (changed_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+  bool changed_;
+};
+
+// What the driver is asked once and tells the same ever after. Key: device, kernel, threads, bytes.
+template <typename Ask>
+int remembered(std::tuple<int, const void*, int, int64_t> key, Ask ask) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int64_t>, int> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(key);
+  if (found == known.end()) found = known.emplace(key, ask()).first;
+  return found->second;
+}
+
+inline int multiprocessor_count(int device) {
+  return remembered({device, nullptr, 0, 0}, [&] {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
+  });
+}
+
+constexpr int64_t kSharedBytesByDefault = 48 << 10;  // more must be asked for, for each kernel and device
+
+template <typename P>
+cudaError_t allow_shared_bytes(void (*kernel)(P), int64_t bytes, int device) {
+  if (bytes <= kSharedBytesByDefault) return cudaSuccess;
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  return cudaError_t(remembered({device, entry, 0, bytes}, [&] {
+    return int(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  }));
+}
+
+// How many blocks of the kernel a multiprocessor of the current device holds; 0 where one is too large.
+template <typename P>
+int blocks_per_multiprocessor(void (*kernel)(P), int block, int64_t shared_bytes) {
+  const int device = current_device();
+  return remembered({device, reinterpret_cast<const void*>(kernel), block, shared_bytes}, [&] {
+    int blocks = 0;
+    check_cuda(allow_shared_bytes(kernel, shared_bytes, device), "cudaFuncSetAttribute");
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, size_t(shared_bytes)),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks;
+  });
+}
+
+// On the current device.
+template <typename P>
+void launch(void (*kernel)(P), const Launch& at, const P& params) {
+  if (at.grid == 0) return;
+  if (at.grid < 0 || at.grid > INT32_MAX) fail_launch(at, params, "too many blocks");
+  cudaError_t error = allow_shared_bytes(kernel, at.shared_bytes, current_device());
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(at.grid)), dim3(unsigned(at.block)),
+                             arguments, size_t(at.shared_bytes), reinterpret_cast<cudaStream_t>(at.stream));
+  }
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  fail_launch(at, params, cudaGetErrorString(error));
+}
+
+}  // namespace tts
+#endif
