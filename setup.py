@@ -1,17 +1,23 @@
 """Builds `tts_kernels._C`; everything else is declared in pyproject.toml.
 
-The compiler is called directly rather than through distutils, because every file under csrc/cpu/isa has its own
-instruction set, objects are compiled in parallel, and only what changed is compiled again.
+The compilers are called directly rather than through distutils, because every file under csrc/cpu/isa has its own
+instruction set and those under csrc/cuda have another compiler, objects are compiled in parallel, and only what changed
+is compiled again.
 
 Where the module cannot be built (no C++ compiler, no OpenMP, no Python headers), the package installs without it after
-one warning; code of ours that does not compile fails the installation.
+one warning. Where there is no nvcc, the module has no CUDA kernels, and `tts-kernels doctor` says why. Code of ours
+that does not compile fails the installation.
 
-Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, compiler processes at a time (default: one per core);
-TTS_KERNELS_SANITIZE, e.g. `address,undefined`, for an instrumented module.
+Environment: CXX, CXXFLAGS, LDFLAGS; MAX_JOBS, compiler processes at a time (default: one per core); CUDA_HOME, whose
+nvcc is taken (default: that of /usr/local/cuda, or the one on the PATH); TTS_KERNELS_CUDA_ARCHS, architectures to
+compile for (default: those of "80 90a 100a" that nvcc knows), empty for none; TTS_KERNELS_SANITIZE, e.g.
+`address,undefined`, for an instrumented module, without CUDA.
 """
 
+import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,6 +49,11 @@ ISA = {
     "amx": (AMX, "TTS_HAVE_AMX", "_tile_dpbf16ps(0, 1, 2); _mm512_storeu_ps(x, _mm512_setzero_ps());"),
 }
 
+CUDA_ARCHS = "80 90a 100a"
+
+# Files of csrc/cuda that are compiled several times, each time with these macros, to spread them over the cores.
+INSTANCES = {}
+
 TOOLCHAIN_PROBE = """
 #include <Python.h>
 #include <omp.h>
@@ -51,8 +62,22 @@ int probe() { return std::vector<int>(omp_get_max_threads()).size() + PY_VERSION
 """
 
 
+PTXAS_INFO = re.compile(r"ptxas info|    \d+ bytes stack frame")
+
+CUDA_PROBE = """
+#include <cuda_runtime.h>
+template <typename T>
+__global__ void probe(const __grid_constant__ T x) {}
+int main() { return cudaGetLastError(); }
+"""
+
+
 class MissingToolchain(Exception):
     """The native module cannot be built on this machine, for a reason that is not our code's."""
+
+
+class MissingCuda(Exception):
+    """Nor can its CUDA kernels."""
 
 
 class Toolchain:
@@ -87,7 +112,11 @@ class Toolchain:
         with tempfile.TemporaryDirectory() as tmp:
             self._probe(Path(tmp))
             self.isa = self._find_isa(Path(tmp))
+            self.cuda, self.no_cuda = self._find_cuda(Path(tmp))
         self.flags += [f"-D{ISA[name][1]}=1" for name in self.isa]
+        if self.cuda:
+            self.flags += ["-DTTS_HAVE_CUDA=1"]
+            self.link_flags += self.cuda.link_flags
 
     @staticmethod
     def _find_compiler():
@@ -124,27 +153,52 @@ class Toolchain:
         with ThreadPoolExecutor() as pool:
             return [name for name, ok in zip(ISA, pool.map(compiles, ISA)) if ok]
 
+    def _find_cuda(self, tmp):
+        """(nvcc, None), or (None, why the module is built without)."""
+        archs = os.environ.get("TTS_KERNELS_CUDA_ARCHS")
+        if not list((CSRC / "cuda").glob("*.cu")):
+            return None, "there is no csrc/cuda"
+        if archs is not None and not archs.split():
+            return None, "TTS_KERNELS_CUDA_ARCHS is empty"
+        if self.sanitize:
+            return None, "it is instrumented by a sanitizer"
+        try:
+            return Nvcc(self.cxx, archs and archs.split(), tmp), None
+        except MissingCuda as missing:
+            if archs:
+                raise CompileError(f"TTS_KERNELS_CUDA_ARCHS asks for {archs}: {missing}") from None
+            return None, str(missing)
+
     def sources(self):
         """(source, its own flags), in link order.
 
         The order matters: an inline function that two objects hold is taken from the first one, so plainer instruction
         sets come first and no path runs an instruction beyond its own because of a header both include.
         """
-        plain = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "tree").glob("*.cpp"))]
+        plain = [*sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "tree").glob("*.cpp"))]
         isa = {path.stem: path for path in sorted((CSRC / "cpu" / "isa").glob("*.cpp"))}
         plain += [path for name, path in isa.items() if name not in ISA]
-        return [(path, []) for path in plain] + [(isa[name], ISA[name][0]) for name in self.isa if name in isa]
+        name, said = ("TTS_CUDA_ARCHS", " ".join(self.cuda.archs)) if self.cuda else ("TTS_NO_CUDA", self.no_cuda)
+        files = [(CSRC / "bindings.cpp", [f"-D{name}={json.dumps(said)}"]), *((path, []) for path in plain)]
+        if self.cuda:
+            kernels = sorted((CSRC / "cuda").glob("*.cu"))
+            files += [(path, macros) for path in kernels for macros in INSTANCES.get(path.stem, [[]])]
+        return files + [(isa[name], ISA[name][0]) for name in self.isa if name in isa]
 
     def compile(self, source, flags, objects):
         """Compiles `source` unless the object is newer than all it was made from and was made by the same command."""
         target = objects / source.relative_to(CSRC).with_suffix(".o")
-        dependencies, said = target.with_suffix(".d"), target.with_suffix(".cmd")
-        command = [*self.cxx, *self.flags, *flags, "-MMD", "-MF", str(dependencies)]
-        command += ["-c", str(source), "-o", str(target)]
+        compiler = [*self.cxx, *self.flags]
+        if source.suffix == ".cu":
+            compiler = [self.cuda.nvcc, *self.cuda.flags]
+            values = [flag.partition("=")[2] for flag in flags]
+            target = target.with_name("-".join([source.stem, *values]) + ".o")
+        dependencies, said, heard = (target.with_suffix(suffix) for suffix in (".d", ".cmd", ".log"))
+        command = [*compiler, *flags, "-MMD", "-MF", str(dependencies), "-c", str(source), "-o", str(target)]
         if not _is_current(target, dependencies, said, command):
             target.parent.mkdir(parents=True, exist_ok=True)
             said.unlink(missing_ok=True)
-            _run(command, f"{self.cxx[0]} {shlex.join([str(source), *flags])}")
+            heard.write_text(_run(command, f"{compiler[0]} {shlex.join([str(source), *flags])}"))
             said.write_text(shlex.join(command))
         return target
 
@@ -154,6 +208,67 @@ class Toolchain:
         fresh = module.with_name(f".{module.name}.{os.getpid()}")
         _run([*self.cxx, *map(str, targets), "-o", str(fresh), *self.link_flags], f"{self.cxx[0]} -o {module}")
         fresh.replace(module)
+
+
+class Nvcc:
+    """An nvcc that was seen to compile; every object holds the code of all the architectures."""
+
+    def __init__(self, cxx, archs, tmp):
+        self.nvcc = self._find()
+        # The word of CXX that is the compiler: not a launcher before it, not a flag behind it.
+        host = [word for word in cxx if not word.startswith("-")][-1]
+        # Products and sums stay apart except where the kernels say fma: their bits are not the compiler's choice.
+        self.flags = ["-std=c++17", "-O3", "--fmad=false", "-DNDEBUG", "-DTTS_HAVE_CUDA=1", f"-I{CSRC}", "-ccbin", host]
+        self.flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+        self.source = tmp / "probe.cu"
+        self.source.write_text(CUDA_PROBE)
+
+        refused = {arch: self._probe(arch, "--dryrun")[0] for arch in archs or CUDA_ARCHS.split()}
+        self.archs = [arch for arch, why in refused.items() if not why]
+        if not self.archs or (archs and archs != self.archs):
+            raise MissingCuda(next(why for why in refused.values() if why))
+        why, _ = self._probe(self.archs[0], "-o", str(tmp / "probe.o"))
+        if why:
+            raise MissingCuda(why)
+        for arch in self.archs:
+            self.flags += self._code(arch)
+        # The oldest one's PTX too, from which drivers make code for GPUs that are none of these.
+        oldest = min(self.archs, key=lambda arch: int(re.match(r"\d+", arch)[0]))
+        if oldest.isdigit():
+            self.flags += ["-gencode", f"arch=compute_{oldest},code=compute_{oldest}"]
+        # Static: it loads the driver on first use, so the module can be imported where there is none.
+        self.link_flags = [self._runtime(), "-ldl", "-lrt", "-lpthread"]
+
+    @staticmethod
+    def _find():
+        home = os.environ.get("CUDA_HOME")
+        if home:
+            found = shutil.which("nvcc", path=os.path.join(home, "bin"))
+        else:
+            found = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+        if not found:
+            raise MissingCuda(f"no nvcc was found{f' in CUDA_HOME={home}' if home else ''}")
+        return found
+
+    @staticmethod
+    def _code(arch):
+        return ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+
+    def _probe(self, arch, *more):
+        """(why the probe does not compile for the architecture, or None; what nvcc said)"""
+        command = [self.nvcc, *self.flags, *self._code(arch), "-c", str(self.source), *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return None, done.stderr
+        said = next((line for line in done.stderr.splitlines() if re.search("error|fatal", line)), done.stderr.strip())
+        return f"{self.nvcc} for {arch}: {said}", done.stderr
+
+    def _runtime(self):
+        folders = re.findall(r'"-L([^"]*)"', self._probe(self.archs[0], "--dryrun")[1])
+        for path in (Path(folder, "libcudart_static.a") for folder in folders):
+            if path.exists():
+                return str(path)
+        raise MissingCuda(f"{self.nvcc} comes without libcudart_static.a")
 
 
 def _is_current(target, dependencies, said, command):
@@ -172,7 +287,9 @@ def _run(command, summary):
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise CompileError(f"{shlex.join(command)}\n{done.stderr}exit status {done.returncode}")
-    sys.stderr.write(done.stderr)
+    # Registers and spills of each kernel are for the log that is kept beside the object.
+    sys.stderr.writelines(line for line in done.stderr.splitlines(True) if not PTXAS_INFO.match(line))
+    return done.stderr
 
 
 class BuildExt(build_ext):
@@ -190,9 +307,12 @@ class BuildExt(build_ext):
         # Not self.build_temp: an editable install would throw the objects away.
         objects = Path("build", f"objects-{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            compiled = [pool.submit(self.toolchain.compile, *file, objects) for file in self.toolchain.sources()]
+            files = self.toolchain.sources()
+            # CUDA files first, since they take longest.
+            order = sorted(range(len(files)), key=lambda i: files[i][0].suffix != ".cu")
+            compiled = {i: pool.submit(self.toolchain.compile, *files[i], objects) for i in order}
             try:
-                targets = [future.result() for future in compiled]
+                targets = [compiled[i].result() for i in range(len(files))]
             except CompileError:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -2,15 +2,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifndef TTS_ONLY_CUDA  // for the host's emulation of the CUDA kernels, a module of its own
 #include "cpu/bind.h"
 #include "cpu/bind_scoring.h"
 #include "cpu/code_path.h"
 #include "tree/pack.h"
 #include "tree/plan.h"
+#endif
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
+#ifndef TTS_ONLY_CUDA
   m.def("plan_from_nodes", &tts::plan_from_nodes);
   m.def("token_bytes", &tts::token_bytes);
   m.def("cpu_tree_attention", &tts::cpu_tree_attention, py::call_guard<py::gil_scoped_release>());
@@ -23,4 +26,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_select", &tts::cpu_select, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_code_paths", &tts::code_paths);
   m.def("cpu_active_code_path", &tts::active_code_path_name);
+#endif
+#ifdef TTS_NO_CUDA
+  m.attr("no_cuda") = TTS_NO_CUDA;  // why there are no cuda_ functions
+#endif
+#ifdef TTS_CUDA_ARCHS
+  m.attr("cuda_archs") = TTS_CUDA_ARCHS;  // "80 90a 100a"
+#endif
 }

@@ -15,13 +15,16 @@ COMPILER = next(filter(shutil.which, ["c++", "g++", "clang++"]), None)
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists() or sys.platform == "win32", reason="needs the source tree, on Linux or macOS"
 )
+NVCC = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+needs_nvcc = pytest.mark.skipif(COMPILER is None or NVCC is None, reason="no nvcc")
 
 MODULE = """
 #include <Python.h>
 
 #include "cpu/answer.h"
 
+int cuda_answer();
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C() {
@@ -33,9 +36,34 @@ PyMODINIT_FUNC PyInit__C() {
 #ifdef TTS_HAVE_AMX
   PyModule_AddIntConstant(module, "amx", 1);
 #endif
+#ifdef TTS_NO_CUDA
+  PyModule_AddStringConstant(module, "no_cuda", TTS_NO_CUDA);
+#endif
+#ifdef TTS_HAVE_CUDA
+  PyModule_AddStringConstant(module, "cuda_archs", TTS_CUDA_ARCHS);
+  PyModule_AddIntConstant(module, "cuda", cuda_answer());
+#endif
   return module;
 }
 """
+KERNEL = """
+#include <cuda_runtime.h>
+
+#include "cuda/brick.cuh"
+
+#ifndef TTS_HAVE_CUDA
+#error not told
+#endif
+
+__global__ void triple(float* x) { x[threadIdx.x] = brick(x[threadIdx.x]); }
+
+int cuda_answer() {
+  triple<<<1, 32>>>(nullptr);  // without a driver an error, with one nothing: the kernel is never waited for
+  cudaGetLastError();
+  return ANSWER;
+}
+"""
+BRICK = "#define ANSWER 3\ninline __device__ float brick(float x) { return 3 * x; }\n"
 
 
 @pytest.fixture
@@ -75,7 +103,7 @@ def attributes(copy):
         "from importlib.util import module_from_spec, spec_from_file_location\n"
         f"spec = spec_from_file_location('_C', {str(module)!r})\n"
         "module = module_from_spec(spec)\n"
-        "print({name: value for name, value in vars(module).items() if isinstance(value, int)})"
+        "print({name: value for name, value in vars(module).items() if isinstance(value, int | str)})"
     )
     return eval(run(copy, code))  # noqa: S307
 
@@ -141,3 +169,65 @@ def compiler_that_refuses(copy, flag):
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
+
+
+@pytest.fixture
+def cuda_copy(copy):
+    (copy / "csrc" / "cuda").mkdir()
+    (copy / "csrc" / "cuda" / "kernel.cu").write_text(KERNEL)
+    (copy / "csrc" / "cuda" / "brick.cuh").write_text(BRICK)
+    return copy
+
+
+@needs_nvcc
+def test_cuda_kernels_are_built_and_the_module_is_imported_without_a_driver(cuda_copy):
+    """Kept are what ptxas says of each kernel, and the objects: only what changed is compiled again."""
+    done = build(cuda_copy)
+    assert done.returncode == 0, done.stderr
+    assert "ptxas" not in done.stderr
+    found = attributes(cuda_copy)
+    assert found["cuda"] == 3 and set(found["cuda_archs"].split()) <= {"80", "90a", "100a"}
+    (log,) = cuda_copy.glob("build/*/cuda/kernel.log")
+    assert log.read_text().count("Compiling entry function") == len(found["cuda_archs"].split())
+    assert ".cu" not in build(cuda_copy).stdout
+    (cuda_copy / "csrc" / "cuda" / "brick.cuh").write_text(BRICK.replace("3", "4"))
+    again = build(cuda_copy)
+    assert "csrc/cuda/kernel.cu" in again.stdout and ".cpp" not in again.stdout
+    assert attributes(cuda_copy)["cuda"] == 4
+
+
+@needs_nvcc
+def test_cuda_architectures_are_chosen(cuda_copy):
+    assert build(cuda_copy, TTS_KERNELS_CUDA_ARCHS="90a").returncode == 0
+    assert attributes(cuda_copy)["cuda_archs"] == "90a"
+    wrong = build(cuda_copy, TTS_KERNELS_CUDA_ARCHS="80 12345")
+    assert wrong.returncode != 0
+    assert "TTS_KERNELS_CUDA_ARCHS asks for 80 12345: " in wrong.stderr and "compute_12345" in wrong.stderr
+    assert build(cuda_copy, TTS_KERNELS_CUDA_ARCHS="").returncode == 0
+    found = attributes(cuda_copy)
+    assert found["no_cuda"] == "TTS_KERNELS_CUDA_ARCHS is empty" and "cuda" not in found
+
+
+@needs_nvcc
+def test_our_own_error_in_a_kernel_fails_the_build(cuda_copy):
+    (cuda_copy / "csrc" / "cuda" / "kernel.cu").write_text("#error this kernel is broken\n")
+    done = build(cuda_copy)
+    assert done.returncode != 0
+    assert "this kernel is broken" in done.stderr
+
+
+@needs_compiler
+def test_without_an_nvcc_that_works_the_module_is_built_without_cuda(cuda_copy):
+    home = cuda_copy / "cuda"
+    done = build(cuda_copy, CUDA_HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    assert attributes(cuda_copy)["no_cuda"] == f"no nvcc was found in CUDA_HOME={home}"
+    asked = build(cuda_copy, CUDA_HOME=str(home), TTS_KERNELS_CUDA_ARCHS="80")
+    assert asked.returncode != 0 and "TTS_KERNELS_CUDA_ARCHS asks for 80: no nvcc was found" in asked.stderr
+    (home / "bin").mkdir(parents=True)
+    broken = home / "bin" / "nvcc"
+    broken.write_text("#!/bin/sh\necho 'nvcc fatal: \"unsupported\" host compiler' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert build(cuda_copy, CUDA_HOME=str(home)).returncode == 0
+    assert attributes(cuda_copy)["no_cuda"] == f'{broken} for 80: nvcc fatal: "unsupported" host compiler'
+    assert attributes(cuda_copy)["answer"] == 42
