@@ -133,4 +133,82 @@ struct SelectParams {
   SelectMethod method;
 };
 
+// What the CUDA kernels of the scoring ops take besides.
+
+struct Vector {      // dense
+  const void* data;  // null: none
+  DType dtype;
+};
+
+// Rows for the product of a head's first layer, made by torch in blocks of `block_rows` rows: hidden[positions[r]],
+// normalised where norm_weight is not null, as fp32 or half precision; as bfloat16 in up to three parts whose sum it is.
+// Block b, part j, row i lies at out[((b * num_parts + j) * block_rows + i) * dim]; rows from num_rows on are zeros.
+struct GatherRowsParams {
+  Matrix hidden;             // [tokens, dim]
+  const int64_t* positions;  // [num_rows]
+  Vector norm_weight;        // [dim]
+  float norm_eps;
+  void* out;  // [blocks, num_parts, block_rows, dim] contiguous, out_dtype
+  DType out_dtype;
+  int64_t num_rows, dim, block_rows, num_parts;
+};
+
+// What the head's last layer multiplies, or where the logits are there already.
+enum class RowsOf : int32_t { hidden = 0, products = 1, logits = 2 };
+
+struct CudaSelectParams {
+  SelectParams choice;  // groups null: all candidates are one group
+  int64_t num_candidates;
+  int64_t shared_candidates;  // groups of up to so many are sorted in shared memory
+  void* scratch;              // 24 * num_candidates bytes, 16-byte aligned, or null: no group is larger than that
+};
+
+// One launch from rows to the chosen candidates. A block owns 1 << tile_shift rows of all candidates' in their order.
+struct StepScoresParams {
+  RowsOf rows_of;
+  Matrix hidden;             // hidden: [tokens, width]
+  const int64_t* positions;  // hidden: [num_rows]
+  Vector norm_weight;        // hidden: [width]
+  float norm_eps;
+  const float* products;  // products: [blocks, num_parts, block_rows, width] contiguous, parts to be added up
+  int64_t num_parts, block_rows;
+  Vector b1;  // products: [width]
+  Activation activation;
+  Matrix w2;  // [columns, width]
+  Vector b2;  // [columns]
+  int64_t width;
+  float* logits;  // [num_rows, columns] scratch, or null: a tile's fit into shared memory
+  ReduceScoresParams reduce;
+  CudaSelectParams select;  // num_groups 0: nothing is selected
+  int32_t stat;             // the row of reduce.stats by which candidates are selected
+  int32_t tile_shift;
+  uint32_t* counters;  // [num_candidates + num_groups], zero before and after
+};
+
+// A rotation of the first rotary_dim dimensions of keys and queries by their positions.
+struct RopeParams {
+  Matrix cos_sin;            // [max_position, rotary_dim]: cosines, then sines; data null: none
+  const int64_t* positions;  // [num_rows]
+  int64_t rotary_dim;
+  bool is_neox;   // pairs (i, i + rotary_dim / 2), else (2 i, 2 i + 1)
+  const void* q;  // [num_rows, num_heads, head_dim], dtype of k; or null
+  int64_t q_row, q_head;
+  void* q_out;  // [num_rows, num_heads, head_dim], dtype of k
+  int64_t q_out_row, q_out_head;
+  int64_t num_heads;
+};
+
+struct CudaAppendKVParams {
+  AppendKVParams rows;  // row_bytes and element_bytes are the cache's
+  DType dtype, cache_dtype;
+  RopeParams rope;
+};
+
+struct CudaMergeStatesParams {
+  MergeStatesParams states;  // out and lse with the strides below
+  int64_t out_state, out_row, out_head;
+  int64_t lse_state, lse_row, lse_head;
+  int64_t num_heads;
+};
+
 }  // namespace tts
