@@ -51,9 +51,6 @@ ISA = {
 
 CUDA_ARCHS = "80 90a 100a"
 
-# Files of csrc/cuda that are compiled several times, each time with these macros, to spread them over the cores.
-INSTANCES = {}
-
 TOOLCHAIN_PROBE = """
 #include <Python.h>
 #include <omp.h>
@@ -156,7 +153,7 @@ class Toolchain:
     def _find_cuda(self, tmp):
         """(nvcc, None), or (None, why the module is built without)."""
         archs = os.environ.get("TTS_KERNELS_CUDA_ARCHS")
-        if not list((CSRC / "cuda").glob("*.cu")):
+        if not list((CSRC / "cuda").rglob("*.cu")):
             return None, "there is no csrc/cuda"
         if archs is not None and not archs.split():
             return None, "TTS_KERNELS_CUDA_ARCHS is empty"
@@ -181,8 +178,7 @@ class Toolchain:
         name, said = ("TTS_CUDA_ARCHS", " ".join(self.cuda.archs)) if self.cuda else ("TTS_NO_CUDA", self.no_cuda)
         files = [(CSRC / "bindings.cpp", [f"-D{name}={json.dumps(said)}"]), *((path, []) for path in plain)]
         if self.cuda:
-            kernels = sorted((CSRC / "cuda").glob("*.cu"))
-            files += [(path, macros) for path in kernels for macros in INSTANCES.get(path.stem, [[]])]
+            files += [(path, []) for path in sorted((CSRC / "cuda").rglob("*.cu"))]
         return files + [(isa[name], ISA[name][0]) for name in self.isa if name in isa]
 
     def compile(self, source, flags, objects):
@@ -191,8 +187,6 @@ class Toolchain:
         compiler = [*self.cxx, *self.flags]
         if source.suffix == ".cu":
             compiler = [self.cuda.nvcc, *self.cuda.flags]
-            values = [flag.partition("=")[2] for flag in flags]
-            target = target.with_name("-".join([source.stem, *values]) + ".o")
         dependencies, said, heard = (target.with_suffix(suffix) for suffix in (".d", ".cmd", ".log"))
         command = [*compiler, *flags, "-MMD", "-MF", str(dependencies), "-c", str(source), "-o", str(target)]
         if not _is_current(target, dependencies, said, command):
