@@ -53,6 +53,37 @@ struct TreeAttentionParams {
   TTS_SHARED int32_t rows_end(int n) const { return nodes[6 * num_nodes + n]; }
 };
 
+// n / d for 0 <= n < 2^31, by a multiplication: d is known when the kernel is launched, not when it is compiled.
+struct Divider {
+  uint32_t divisor, multiplier, shift;
+
+  TTS_SHARED int32_t divide(int32_t n) const {
+    return int32_t(uint32_t((uint64_t(uint32_t(n)) * multiplier) >> 31) >> shift);
+  }
+};
+
+inline Divider make_divider(int32_t d) {
+  uint32_t shift = 0;
+  while ((int64_t(1) << shift) < d) ++shift;
+  return {uint32_t(d), uint32_t(((uint64_t(1) << (31 + shift)) + uint32_t(d) - 1) / uint32_t(d)), shift};
+}
+
+// The tree kernel of csrc/cuda. The tables and their lengths: tts_kernels/attention/work.py.
+struct CudaTreeAttentionParams {
+  TreeAttentionParams call;
+  const int32_t* items;        // [num_items, 4]: node, first packed row, chunk, tile
+  const int32_t* path_chunks;  // [call.num_nodes]
+  const int32_t* first_state;  // [call.num_rows]
+  const int32_t* live_items;   // [1] items that mean something; num_items is how many there is room for
+  float* states;               // [states, num_heads, head_dim], not divided
+  float* sums;                 // [states, num_heads, 2]: largest score in base 2, sum of weights
+  uint32_t* arrivals;          // [call.num_rows, num_heads], zero between launches
+  int32_t num_items;
+  int32_t wide_rows, min_chunk, max_chunks;  // the rule of chunks
+  int32_t num_stages;                        // blocks of KV in shared memory, 2 to 4
+  Divider by_group, by_page_size;
+};
+
 struct AppendKVParams {
   const void* k;  // [num_rows, num_kv_heads, head_dim]
   int64_t k_row, k_head;
@@ -180,7 +211,6 @@ struct StepScoresParams {
   float* logits;  // [num_rows, columns] scratch, or null: a tile's fit into shared memory
   ReduceScoresParams reduce;
   CudaSelectParams select;  // num_groups 0: nothing is selected
-  int32_t stat;             // the row of reduce.stats by which candidates are selected
   int32_t tile_shift;
   uint32_t* counters;  // [num_candidates + num_groups], zero before and after
 };
