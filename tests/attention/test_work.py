@@ -6,11 +6,15 @@ from dataclasses import replace
 import pytest
 from forests import Forest, random_forest, star
 
-from tts_kernels.attention.work import Lists, make_work, most_work, refresh, work_lists
+from tts_kernels.attention.work import Lists, make_work, most_work, refresh, work_lists, work_size
 from tts_kernels.configs import TreeConfig
 from tts_kernels.tree.plan import TreePlan
 
 CONFIG = TreeConfig(32, 16, 16, 16, 32, 4, 4, 1)
+TALL = replace(CONFIG, tall_rows=64)
+CONFIGS = pytest.mark.parametrize(
+    "config", [CONFIG, CONFIG.invariant(), TALL], ids=["two shapes", "one shape", "three shapes"]
+)
 HEADS, KV_HEADS, DIM = 6, 2, 16
 
 
@@ -28,17 +32,20 @@ def chunk_of(length: int, own_rows: int, config: TreeConfig) -> int:
 
 
 @pytest.mark.parametrize("kind", ["decode", "verify", "mixed", "chain", "roots"])
-@pytest.mark.parametrize("config", [CONFIG, CONFIG.invariant()], ids=["two shapes", "one shape"])
+@CONFIGS
 def test_items_cover_the_tree_once(kind, config):
     for seed in range(20):
         plan = random_forest(random.Random(seed), kind=kind, page_size=4).plan()
         lists = lists_of(plan, config)
         items = [tuple(lists.items[i : i + 4]) for i in range(0, len(lists.items), 4)]
         covered = {}
-        for node, first, chunk, wide in items:
+        for node, first, chunk, tile in items:
             _, length, _, _, begin, own_end, end = plan.nodes[:, node].tolist()
             size = chunk_of(length, own_end - begin, config)
-            rows = config.wide_rows if wide else config.narrow_rows
+            rows = (config.narrow_rows, config.wide_rows, config.tall_rows)[tile]
+            if config.tall_rows:  # the smallest that takes what is left, and only for the last
+                left = (end - begin) * 3 - first
+                assert rows == next((n for n in (16, 32) if left <= n), 64)
             assert first < (end - begin) * 3 and rows
             for packed in range(first, min(first + rows, (end - begin) * 3)):
                 for token in range(chunk * size, min((chunk + 1) * size, length)):
@@ -47,6 +54,7 @@ def test_items_cover_the_tree_once(kind, config):
                     covered[key] = True
         nodes = plan.nodes.T.tolist()
         assert len(covered) == sum(length * 3 * (end - begin) for _, length, _, _, begin, _, end in nodes)
+        assert work_size(*plan.host_tables(), 3, config) == (len(items), lists.num_states)
 
 
 def test_states_of_a_row_are_its_paths_chunks():
@@ -91,7 +99,7 @@ def test_most_work_holds_for_any_tree_of_as_many_nodes_and_rows():
         rows = [min(n, rng.choice([0, 1, 3, 20, 60])) for n in length]
         plan = Forest(parent, length, rows, 16).place(rng).plan()
         plan.most_tokens = sum(-(-n // 16) * 16 for n in length)
-        for config in (CONFIG, CONFIG.invariant()):
+        for config in (CONFIG, CONFIG.invariant(), TALL):
             lists = lists_of(plan, config)
             num_items, num_states = most_work(plan, 3, config)
             assert len(lists.items) // 4 <= num_items and lists.num_states <= num_states

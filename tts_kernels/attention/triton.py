@@ -80,9 +80,9 @@ def tree_attention(
     group = num_q_heads // num_kv_heads
     table, scratch, tile = work if work[0] is not None else work_without_plan(nodes, q, k_cache)
     config = TreeConfig(*tile)
-    num_items = (table.numel() - num_nodes - num_rows) // 4
+    num_items = (table.numel() - num_nodes - num_rows - 1) // 4
     num_states = scratch.numel() // (num_q_heads * (head_dim + 2))
-    items, path_chunks, first_state = table.split_with_sizes([4 * num_items, num_nodes, num_rows])
+    items, path_chunks, first_state, _ = table.split_with_sizes([4 * num_items, num_nodes, num_rows, 1])
     states, sums = scratch.split_with_sizes([num_states * num_q_heads * head_dim, num_states * num_q_heads * 2])
     fp8_bits = needs_fp8_bits(k_cache)
     if fp8_bits:
@@ -124,8 +124,9 @@ def work_without_plan(nodes: Tensor, q: Tensor, k_cache: Tensor) -> tuple:
         stacklevel=2,
     )
     config = config_of(q, k_cache)
-    lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, q.shape[1] // k_cache.shape[2], config)
-    work = work_of_lists(lists, q.shape[1], q.shape[2], config, q.device)
+    heads = q.shape[1], k_cache.shape[2]
+    lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, heads[0] // heads[1], config)
+    work = work_of_lists(lists, *heads, q.shape[2], config, q.device)
     return work.table, work.scratch, work.tile
 
 
@@ -152,7 +153,7 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
         products += tiles * rows * triton.cdiv(length, tokens) * tokens
     tiles_launched = items > 0 or plan.most_tokens is not None
     return WorkCounts(
-        config=", ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()),
+        config=", ".join(f"{k}={value}" for k, value in dataclasses.asdict(config).items() if k != "tall_rows"),
         work_items=items * num_kv_heads,
         launches=1 + tiles_launched if num_rows else 0,
         kv_loads=kv_loads * num_kv_heads,

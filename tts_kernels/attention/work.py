@@ -15,17 +15,21 @@ from torch import Tensor
 from tts_kernels.configs import TreeConfig
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PARENT, ROWS_END, TreePlan, int_tensor
 
+NARROW, WIDE, TALL = range(3)  # an item's tile
+
 
 @dataclass(frozen=True)
 class Work:
-    """table    int32 [4 * num_items + num_nodes + num_rows], one behind the other:
-                items: node, first packed row, chunk, 1 for a wide tile. Longest first; the tiles of one chunk side by
-                side, since they read the same KV
+    """table    int32 [4 * num_items + num_nodes + num_rows + 1], one behind the other:
+                items: node, first packed row, chunk, tile. Longest first; the tiles of one chunk side by side, since
+                they read the same KV. Those beyond the last that there is name a chunk that no node has
                 for each node, the chunks of its strict ancestors
                 for each row (depth-first), its first state. The states of a row are those of its path, root first: as
                 many as the chunks of its ancestors, then its own node's
+                how many items there are
     scratch  fp32 [num_states * Hq * (head_dim + 2)]: o of each state and query head, then its m and sum of weights. A
-             call writes what it reads; calls on two streams at a time need two plans
+             call writes what it reads; calls on two streams at a time need two plans. Behind them, for kernels that
+             merge as they go, a counter for each row and query head, 0 between calls
     """
 
     config: TreeConfig
@@ -33,13 +37,23 @@ class Work:
     scratch: Tensor
     num_items: int
     num_states: int
+    group: int
 
     @property
     def tile(self) -> list[int]:
         """The config as the registered op takes it."""
         c = self.config
         return [c.wide_rows, c.wide_tokens, c.narrow_rows, c.narrow_tokens, c.min_chunk, c.max_chunks, c.num_warps,
-                c.num_stages]  # fmt: skip
+                c.num_stages, c.tall_rows]  # fmt: skip
+
+    def refresh(self, plan: TreePlan) -> None:
+        """Makes the list that of the plan's tables as they are now, in place, without waiting for the device. The plan
+        has as many nodes and rows as before, and the list was made with room for it."""
+        lists = work_lists(*plan.host_tables(), self.group, self.config)
+        table = table_of_lists(lists, self.num_items, self.config)
+        if self.table.device.type == "cuda":
+            table = table.pin_memory()
+        self.table.copy_(table, non_blocking=True)
 
 
 def most_chunks(own_rows: int, group: int, config: TreeConfig) -> int:
@@ -65,24 +79,38 @@ def chunks_within(length: int, spare: int, most: int, config: TreeConfig) -> int
     return min(most, -(-(length + spare) // config.min_chunk))
 
 
+def num_tiles(packed: int, config: TreeConfig) -> int:
+    """Of a node with so many packed rows: only the last may be smaller than the largest."""
+    return -(-packed // (config.tall_rows or config.wide_rows))
+
+
+def tiles(packed: int, config: TreeConfig) -> list[tuple[int, int]]:
+    """(first packed row, which) of each tile. Where there are tall ones, the last is as small as will do; else all of a
+    node's are the same."""
+    if not config.tall_rows:
+        if packed <= config.narrow_rows:
+            return [(0, NARROW)] if packed else []
+        return [(first, WIDE) for first in range(0, packed, config.wide_rows)]
+    found = [(first, TALL) for first in range(0, packed, config.tall_rows)]
+    if found and packed - found[-1][0] <= config.wide_rows:
+        first = found[-1][0]
+        found[-1] = first, WIDE if packed - first > config.narrow_rows else NARROW
+    return found
+
+
 def make_work(plan: TreePlan, num_q_heads: int, num_kv_heads: int, head_dim: int, config: TreeConfig) -> Work:
     """Reads the plan's tables on the host, where the plan keeps a copy."""
-    nodes, grows, spare = plan.host_tables()
     group = num_q_heads // num_kv_heads
-    lists = work_lists(nodes, grows, spare, group, config)
+    lists = work_lists(*plan.host_tables(), group, config)
     most = None
     if plan.most_tokens is not None:
         most = most_work(plan, group, config)
-    return work_of_lists(lists, num_q_heads, head_dim, config, plan.device, most)
+    return work_of_lists(lists, num_q_heads, num_kv_heads, head_dim, config, plan.device, most)
 
 
 def refresh(works: dict, plan: TreePlan) -> None:
-    """Makes the work lists of another plan with as many nodes and rows, made with room for it, those of `plan`: in
-    place, so that a captured graph reads them."""
-    nodes, grows, spare = plan.host_tables()
-    for (num_q_heads, num_kv_heads, *_), work in works.items():
-        lists = work_lists(nodes, grows, spare, num_q_heads // num_kv_heads, work.config)
-        work.table.copy_(table_of_lists(lists, work.num_items, work.config))
+    for work in works.values():
+        work.refresh(plan)
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,19 @@ class Lists:
     num_states: int
 
 
+def node_chunks(
+    nodes: list[list[int]], grows: list[int], spare: int, group: int, config: TreeConfig
+) -> tuple[list[int], list[int], list[int]]:
+    """Of each node: the most chunks by its own rows, the chunks that it may come to have, those of its ancestors."""
+    parents, lengths, begins, own_ends = (nodes[i] for i in (PARENT, LENGTH, OWN_BEGIN, OWN_END))
+    most = [most_chunks(end - begin, group, config) for begin, end in zip(begins, own_ends)]
+    chunks = [chunks_within(length, spare * grow, m, config) for length, grow, m in zip(lengths, grows, most)]
+    above: list[int] = []  # parents come first
+    for parent in parents:
+        above.append(above[parent] + chunks[parent] if parent >= 0 else 0)
+    return most, chunks, above
+
+
 def work_lists(
     nodes: list[list[int]],  # [7][num_nodes]
     grows: list[int],
@@ -100,40 +141,41 @@ def work_lists(
     group: int,
     config: TreeConfig,
 ) -> Lists:
-    parents, lengths, begins, own_ends, ends = (nodes[i] for i in (PARENT, LENGTH, OWN_BEGIN, OWN_END, ROWS_END))
-    own_rows = [end - begin for begin, end in zip(begins, own_ends)]
-    most = [most_chunks(count, group, config) for count in own_rows]
-    chunks = [chunks_within(length, spare * grow, m, config) for length, grow, m in zip(lengths, grows, most)]
-    above: list[int] = []  # chunks of the strict ancestors; parents come first
-    for parent in parents:
-        above.append(above[parent] + chunks[parent] if parent >= 0 else 0)
-
+    lengths, begins, own_ends, ends = (nodes[i] for i in (LENGTH, OWN_BEGIN, OWN_END, ROWS_END))
+    most, chunks, above = node_chunks(nodes, grows, spare, group, config)
     first_state: list[int] = []
     num_states = 0
-    for node in range(len(parents)):
+    for node, (begin, end) in enumerate(zip(begins, own_ends)):
         states = above[node] + chunks[node]
-        first_state += [num_states + states * j for j in range(own_rows[node])]
-        num_states += states * own_rows[node]
+        first_state += [num_states + states * j for j in range(end - begin)]
+        num_states += states * (end - begin)
 
     # By the tokens of a chunk, longest first; the sort is stable, so that the tiles of a chunk stay together.
-    order = sorted(range(len(parents)), key=lambda n: -min(lengths[n], chunk_tokens(lengths[n], most[n], config)))
+    order = sorted(range(len(lengths)), key=lambda n: -min(lengths[n], chunk_tokens(lengths[n], most[n], config)))
     items: list[int] = []
     for node in order:
-        packed = (ends[node] - begins[node]) * group
-        wide = int(not config.narrow_rows or packed > config.narrow_rows)
-        tiles = range(0, packed, config.wide_rows if wide else config.narrow_rows)
+        of_chunk = tiles((ends[node] - begins[node]) * group, config)
         for chunk in range(chunks[node]):
-            for first in tiles:
-                items += (node, first, chunk, wide)
+            for first, tile in of_chunk:
+                items += (node, first, chunk, tile)
     return Lists(items, above, first_state, num_states)
+
+
+def work_size(nodes: list[list[int]], grows: list[int], spare: int, group: int, config: TreeConfig) -> tuple[int, int]:
+    """(items, states) of work_lists, without making them."""
+    begins, own_ends, ends = (nodes[i] for i in (OWN_BEGIN, OWN_END, ROWS_END))
+    _, chunks, above = node_chunks(nodes, grows, spare, group, config)
+    num_items = sum(c * num_tiles((e - b) * group, config) for c, b, e in zip(chunks, begins, ends))
+    return num_items, sum((a + c) * (e - b) for a, c, b, e in zip(above, chunks, begins, own_ends))
 
 
 def most_work(plan: TreePlan, group: int, config: TreeConfig) -> tuple[int, int]:
     """(items, states) of any tree of as many nodes and rows, as deep, with at most plan.most_tokens tokens."""
     packed = plan.num_rows * group
     chunks = plan.most_tokens // config.min_chunk + plan.num_nodes  # each node rounds up by less than one
-    tiles = plan.depth * (packed // config.wide_rows) + plan.num_nodes  # the last of a node; a narrow node has one
-    num_items = min(chunks * -(-packed // config.wide_rows), tiles * config.max_chunks)
+    # Whole tiles of a path's nodes, and the last of each node; a narrow node has one.
+    most = plan.depth * (packed // (config.tall_rows or config.wide_rows)) + plan.num_nodes
+    num_items = min(chunks * num_tiles(packed, config), most * config.max_chunks)
     path = min(plan.depth * config.max_chunks, plan.most_tokens // config.min_chunk + plan.depth)
     return num_items, plan.num_rows * path
 
@@ -141,6 +183,7 @@ def most_work(plan: TreePlan, group: int, config: TreeConfig) -> tuple[int, int]
 def work_of_lists(
     lists: Lists,
     num_q_heads: int,
+    num_kv_heads: int,
     head_dim: int,
     config: TreeConfig,
     device: torch.device,
@@ -150,11 +193,11 @@ def work_of_lists(
     with torch.inference_mode(False):  # else it could not be used outside of inference mode
         table = table_of_lists(lists, num_items, config).to(device)
         scratch = torch.empty(num_states * num_q_heads * (head_dim + 2), dtype=torch.float32, device=device)
-    return Work(config, table, scratch, num_items, num_states)
+    return Work(config, table, scratch, num_items, num_states, num_q_heads // num_kv_heads)
 
 
 def table_of_lists(lists: Lists, num_items: int, config: TreeConfig) -> Tensor:
-    """On the CPU. Items beyond those there are name a chunk that no node has."""
-    none = (0, 0, config.max_chunks, 0)
-    padding = none * (num_items - len(lists.items) // 4)
-    return int_tensor([*lists.items, *padding, *lists.above, *lists.first_state])
+    """On the CPU."""
+    live = len(lists.items) // 4
+    padding = (0, 0, config.max_chunks, 0) * (num_items - live)
+    return int_tensor([*lists.items, *padding, *lists.above, *lists.first_state, live])

@@ -34,6 +34,7 @@ class TreeConfig:
     max_chunks: int  # of a node
     num_warps: int
     num_stages: int
+    tall_rows: int = 0  # CUDA kernels: all tiles of a node but its last one. 0: none
     source: str = dataclasses.field(default="rule", compare=False)  # where the values are from
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class TreeConfig:
             raise ValueError(f"min_chunk: expected a multiple of wide_tokens and narrow_tokens, got {self.min_chunk}")
         if self.narrow_rows > self.wide_rows:
             raise ValueError(f"narrow_rows: expected at most wide_rows = {self.wide_rows}, got {self.narrow_rows}")
+        if self.tall_rows and (self.tall_rows & (self.tall_rows - 1) or self.tall_rows <= self.wide_rows):
+            raise ValueError(f"tall_rows: expected 0 or a power of two above wide_rows, got {self.tall_rows}")
         if self.max_chunks < 1 or self.num_stages < 1:
             raise ValueError("max_chunks, num_stages: expected at least 1")
 

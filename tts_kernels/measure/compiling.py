@@ -64,8 +64,8 @@ def tree_attention_launches(
     num_nodes, num_rows, num_items, num_states = 65, q.shape[0], 1000, 1000
     nodes, pages, rows = (meta(*shape, dtype=torch.int32) for shape in ((7, num_nodes), (9999,), (2, num_rows)))
     work = backend.Work(
-        config, meta(4 * num_items + num_nodes + num_rows, dtype=torch.int32),
-        meta(num_states * q.shape[1] * (q.shape[2] + 2)), num_items, num_states,
+        config, meta(4 * num_items + num_nodes + num_rows + 1, dtype=torch.int32),
+        meta(num_states * q.shape[1] * (q.shape[2] + 2)), num_items, num_states, q.shape[1] // k_cache.shape[2],
     )  # fmt: skip
     with recorded_launches() as launches:
         backend.tree_attention(

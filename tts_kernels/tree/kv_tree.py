@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
 from tts_kernels.tree.checks import as_int, check_int, check_options, fail, int_list
 from tts_kernels.tree.plan import TreePlan, build, int_tensor
+from tts_kernels.tree.room import PlanWithRoom, Room, plan_with_room
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -169,23 +171,29 @@ class KVTree:
 
     # --- one call ----------------------------------------------------------------------------------------------------
 
-    def plan(self, rows: Mapping[int, int], *, causal: bool = True, reserve: int = 0) -> TreePlan:
+    def plan(
+        self,
+        rows: Mapping[int, int],
+        *,
+        causal: bool = True,
+        reserve: int = 0,
+        room: Room | None = None,
+        into: PlanWithRoom | None = None,
+    ) -> TreePlan:
         """The plan of a call whose query rows are the last rows[node] tokens of each node: `append` comes first.
 
         The plan holds these nodes and their ancestors; the rows of q lie node by node in the order of the dict. It is
         right until one of its nodes is forked, released or appended to, and after `append(leaves, n)` again with
         `plan.advance_(n)`, where `leaves` are its nodes that have rows and no children. For that, `reserve` gives each
         of those leaves pages for so many more tokens. They belong to the node then: later appends use them first.
+
+        room  makes a PlanWithRoom: tables that take any plan of this tree within `room`
+        into  such a plan: it is made to say what the new one would, in place and without waiting for the device, and
+              is returned. A captured graph that reads it follows, through forks and releases too
         """
         check_options(self.page_size, causal)
         check_int("reserve", reserve, 0)
         records = self._rows(rows)
-        if reserve:
-            leaves = [r for r, count in zip(records, rows.values()) if count and not r.children]
-            missing = [max(0, -(-(r.length + reserve) // self.page_size) - len(r.pages)) for r in leaves]
-            for record, pages in zip(leaves, self._take(missing)):
-                record.pages += pages
-
         index = {-1: -1}  # of each node in the plan, ancestors before descendants
         chosen: list[Node] = []
         for node in rows:
@@ -196,6 +204,21 @@ class KVTree:
             for handle in reversed(path):
                 index[handle] = len(chosen)
                 chosen.append(self._nodes[handle])
+        parent = [index[record.parent] for record in chosen]
+
+        leaves = [r for r, count in zip(records, rows.values()) if count and not r.children] if reserve else []
+        missing = [max(0, -(-(r.length + reserve) // self.page_size) - len(r.pages)) for r in leaves]
+        room = self._room(room, into, causal)
+        if room is not None:
+            level = [1] * len(chosen)
+            for i, p in enumerate(parent):
+                level[i] += level[p] if p >= 0 else 0
+            room.check(
+                "room" if into is None else "into.room", nodes=len(chosen), rows=sum(rows.values()),
+                pages=sum(missing) + sum(len(r.pages) for r in chosen), depth=max(level, default=0),
+            )  # fmt: skip
+        for record, pages in zip(leaves, self._take(missing)):
+            record.pages += pages
 
         count, first_row = [0] * len(chosen), [0] * len(chosen)
         for node, first in zip(rows, accumulate(rows.values(), initial=0)):
@@ -205,8 +228,8 @@ class KVTree:
             ids += record.pages
         length = [record.length for record in chosen]
         page_count = [len(record.pages) for record in chosen]
-        return build(
-            [index[record.parent] for record in chosen],
+        plan = build(
+            parent,
             length,
             [c * self.page_size - t for c, t in zip(page_count, length)],
             count,
@@ -217,8 +240,11 @@ class KVTree:
             [i for i, record in enumerate(chosen) if record.children],
             page_size=self.page_size,
             causal=causal,
-            device=self.device,
+            device=self.device if room is None else "cpu",
         )
+        if into is not None:
+            return into.update_(plan)
+        return plan if room is None else plan_with_room(plan, room, self.device)
 
     def slots(self, rows: Mapping[int, int]) -> torch.Tensor:
         """Where the last rows[node] tokens of each node lie, in dict order: what `append_kv` takes.
@@ -281,6 +307,23 @@ class KVTree:
         if parent >= 0:
             self._nodes[parent].children += 1
         return node
+
+    def _room(self, room: Room | None, into: PlanWithRoom | None, causal: bool) -> Room | None:
+        """The room that the plan has to keep to."""
+        if into is not None:
+            if room is not None:
+                fail("room", "None beside into, which has one", repr(room))
+            if not isinstance(into, PlanWithRoom):
+                fail("into", "a plan that was made with room", type(into).__name__, TypeError)
+            for name, mine in (("page_size", self.page_size), ("device", self.device), ("causal", causal)):
+                if getattr(into, name) != mine:
+                    fail("into", f"a plan with {name} {mine}", getattr(into, name))
+            return into.room
+        if room is None:
+            return None
+        if not isinstance(room, Room):
+            fail("room", "a Room", type(room).__name__, TypeError)
+        return room if room.pages else replace(room, pages=self.num_pages)
 
     def _take(self, counts: Iterable[int]) -> list[list[int]]:
         """So many pages for each, or OutOfPages and none for any."""
