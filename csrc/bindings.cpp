@@ -9,6 +9,9 @@
 #include "tree/pack.h"
 #include "tree/plan.h"
 #endif
+#ifdef TTS_EMULATED
+#include "cuda/launch.h"
+#endif
 
 namespace py = pybind11;
 
@@ -26,6 +29,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_select", &tts::cpu_select, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_code_paths", &tts::code_paths);
   m.def("cpu_active_code_path", &tts::active_code_path_name);
+#endif
+#ifdef TTS_EMULATED
+  m.def("cuda_emulation_seed", &tts::cuda_emulation_seed, py::arg("seed"), py::arg("multiprocessors") = 3);
 #endif
 #ifdef TTS_NO_CUDA
   m.attr("no_cuda") = TTS_NO_CUDA;  // why there are no cuda_ functions
