@@ -23,6 +23,7 @@ from tts_kernels.scoring import (
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
 from tts_kernels.tree.pack import PackedTree, pack, pack_many
 from tts_kernels.tree.plan import TreePlan
+from tts_kernels.tree.room import Room
 from tts_kernels.verifier import Verifier, VerifierSession
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "KVTree",
     "OutOfPages",
     "PackedTree",
+    "Room",
     "ScoreHead",
     "Selection",
     "StepScores",
