@@ -1,0 +1,72 @@
+// The kernel of tree attention, for one size of heads at a time (TTS_HEAD_DIM), so that sizes compile in parallel;
+// without that macro, for all of them.
+#include "tree_attention.h"
+
+#include <algorithm>
+
+#include "launch.h"
+#include "tree_merge.cuh"
+
+namespace tts {
+
+template <typename T, int kDim, int kRows>
+TTS_DEVICE void run_item(const CudaTreeAttentionParams& p, TreeStream<kDim>& stream, unsigned char* memory,
+                         const TreeItem& item, const TreeRows& rows) {
+  TreeTile<T, kDim, kRows> tile(p, stream, memory, item, rows);
+  tile.attend();
+  finish_item(p, tile, item, rows, stream.shared());
+}
+
+// A block of threads takes every block_count()-th (item, KV head) of the list, longest first; KV heads vary fastest,
+// since in an NHD cache they are neighbours.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kTreeThreads, 1)
+    tree_attention_kernel(const __grid_constant__ CudaTreeAttentionParams p) {
+  unsigned char* memory = shared_memory<unsigned char>();
+  TreeStream<kDim> stream(p, memory);
+  TreeShared& shared = stream.shared();
+  for (int i = 0; i < stream.entered(); ++i) {
+    stream.await();
+    const TreeItem& item = shared.item[i % kMaxStages];
+    const TreeRows& rows = shared.rows[i % kMaxStages];
+    if (item.rows == 16)
+      run_item<T, kDim, 16>(p, stream, memory, item, rows);
+    else if (item.rows == 64)
+      run_item<T, kDim, 64>(p, stream, memory, item, rows);
+    else if (kDim <= 128)
+      run_item<T, kDim, 128>(p, stream, memory, item, rows);
+  }
+  // What is left of the launch, after the items: blocks of threads that have the fewest of those take it.
+  const int items = min(p.num_items, *p.live_items) * p.call.num_kv_heads, grid = block_count();
+  const int parts = ceil_div(p.call.num_rows, kTreeThreads);
+  for (int part = (block_index() - items % grid + grid) % grid; part < parts; part += grid)
+    finish_empty_rows<T>(p, part * kTreeThreads);
+}
+
+template <typename T, int kDim>
+void launch_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream, int blocks, const char* name) {
+  const int64_t shared_bytes = TreeLayout<kDim>::bytes(p.num_stages, p.call.kv_dtype == DType::f8e4m3);
+  const int64_t parts = (p.call.num_rows + kTreeThreads - 1) / kTreeThreads;
+  const int64_t grid = std::min<int64_t>(int64_t(p.num_items) * p.call.num_kv_heads + parts, blocks);
+  launch(tree_attention_kernel<T, kDim>, {grid, kTreeThreads, shared_bytes, stream, name}, p);
+}
+
+template <int kDim>
+void run_tree_attention_dim(const CudaTreeAttentionParams& p, uintptr_t stream, int blocks) {
+  if (p.call.q_dtype == DType::f16)
+    launch_tree_attention<F16, kDim>(p, stream, blocks, "tree_attention float16");
+  else
+    launch_tree_attention<BF16, kDim>(p, stream, blocks, "tree_attention bfloat16");
+}
+
+#ifdef TTS_HEAD_DIM
+template void run_tree_attention_dim<TTS_HEAD_DIM>(const CudaTreeAttentionParams&, uintptr_t, int);
+#else
+template void run_tree_attention_dim<64>(const CudaTreeAttentionParams&, uintptr_t, int);
+template void run_tree_attention_dim<96>(const CudaTreeAttentionParams&, uintptr_t, int);
+template void run_tree_attention_dim<128>(const CudaTreeAttentionParams&, uintptr_t, int);
+template void run_tree_attention_dim<192>(const CudaTreeAttentionParams&, uintptr_t, int);
+template void run_tree_attention_dim<256>(const CudaTreeAttentionParams&, uintptr_t, int);
+#endif
+
+}  // namespace tts

@@ -1,0 +1,100 @@
+// An item of the work list as a block of threads sees it: which tokens, which packed rows, who sees what.
+#pragma once
+
+#include "../params.h"
+#include "device.cuh"
+
+namespace tts {
+
+constexpr int kTreeThreads = 256, kTreeWarps = kTreeThreads / 32;
+constexpr int kMaxStages = 4;     // blocks of KV in shared memory; as many items can be begun at a time
+constexpr int kMostTileRows = 128;  // of the three tiles: 16, 64 and 128 packed rows
+
+// Tokens of a block of KV. The same for every tile, since a row's rounding depends on it.
+constexpr int block_tokens(int dim) { return dim <= 128 ? 64 : 32; }
+
+TTS_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// By the node's length and own rows, never by those below it: work.chunk_tokens in Python.
+TTS_DEVICE int chunk_tokens(const CudaTreeAttentionParams& p, int node, int length) {
+  const TreeAttentionParams& c = p.call;
+  const int own_packed = (c.own_end(node) - c.own_begin(node)) * c.group();
+  const int most = max(p.max_chunks / max(ceil_div(own_packed, p.wide_rows), 1), 1);
+  return max(ceil_div(ceil_div(length, most), p.min_chunk), 1) * p.min_chunk;
+}
+
+// The partial states of a row: those of its path.
+TTS_DEVICE int count_states(const CudaTreeAttentionParams& p, int owner) {
+  const int length = p.call.length(owner);
+  return p.path_chunks[owner] + ceil_div(length, chunk_tokens(p, owner, length));
+}
+
+// What is true of all of an item. In shared memory, for those who compute; the copying runs ahead.
+struct TreeItem {
+  int rows;                    // packed rows of the tile: 16, 64, 128
+  int count;                   // of them that there are
+  int first;                   // packed row
+  int own_begin;               // row that packed row 0 belongs to
+  int kv_head;
+  int state;                   // chunks before this one on the path
+  int begin;                   // first token of the first block
+  int blocks;                  // at least 1; the lone block of an item of which no row sees a token is empty
+  int whole_begin, whole_end;  // every row sees all of these tokens
+};
+
+// What is true of a packed row of the item.
+struct TreeRows {
+  int first[kMostTileRows], stop[kMostTileRows];  // tokens of the node that it sees
+  int source[kMostTileRows];                      // where it lies in q and out
+  int state[kMostTileRows];                       // its partial state of this item
+  int arrivals[kMostTileRows];                    // partial states that it has in all; 0: there is no such row
+};
+
+struct TreeShared {
+  TreeItem item[kMaxStages];
+  TreeRows rows[kMaxStages];
+  int extremes[2][kTreeWarps];
+  float largest[128];          // [warps that share rows][rows]
+  bool last[kMostTileRows];    // this block is the last arriver of the row
+};
+
+// Places in the rest of the dynamic shared memory, behind TreeShared.
+//   16-bit KV: num_stages times K and V of a block.   e4m3: K and V of one block in T, then num_stages of the bytes.
+template <int kDim>
+struct TreeLayout {
+  static constexpr int kTokens = block_tokens(kDim);
+  static constexpr int kHalf = kTokens * kDim * 2;  // bytes of K or V of a block in T
+  static constexpr int kChunks = kDim / 8;          // of 16 bytes in a row of it
+  static constexpr int kWeights = (int(sizeof(TreeShared)) + 127) / 128 * 128;  // P, [64][kTokens]
+  static constexpr int kBlocks = kWeights + 64 * kTokens * 2;
+
+  static constexpr int64_t bytes(int num_stages, bool fp8) {
+    return kBlocks + int64_t(fp8 ? 2 + num_stages : 2 * num_stages) * kHalf;
+  }
+};
+
+// Where the 16-byte piece `chunk` of a row of kChunks pieces lies, so that eight rows of one column, which ldmatrix
+// reads at a time, lie in different banks.
+template <int kChunks>
+TTS_DEVICE int swizzled(int row, int chunk) {
+  static_assert(kChunks % 4 == 0, "rows of whole groups of pieces");
+  if (kChunks % 8 == 0) return row * kChunks + (chunk ^ (row & 7));
+  return row * kChunks + (chunk ^ ((row >> 1) & 3));
+}
+
+// The smallest `low` and the largest `high` of all threads, in every thread.
+TTS_DEVICE void block_extremes(TreeShared& shared, int& low, int& high) {
+  for (int mask = 16; mask > 0; mask >>= 1) {
+    low = min(low, shuffle_xor(low, mask));
+    high = max(high, shuffle_xor(high, mask));
+  }
+  if (lane_index() == 0) shared.extremes[0][warp_index()] = low, shared.extremes[1][warp_index()] = high;
+  sync_block();
+  for (int warp = 0; warp < kTreeWarps; ++warp) {
+    low = min(low, shared.extremes[0][warp]);
+    high = max(high, shared.extremes[1][warp]);
+  }
+  sync_block();
+}
+
+}  // namespace tts
