@@ -254,12 +254,13 @@ inline Bits128 load_fresh_16(const void* p, TTS_SITE("load_fresh_16")) {
 inline void fence() { machine.fence(); }
 
 namespace emulation {
-// One thread runs at a time, and none loses its turn in here.
+// One thread runs at a time.
 template <typename T, typename Change>
 T change_atomically(T* p, Change change) {
   machine.maybe_yield();
   const T old = *p;
   *p = change(old);
+  machine.maybe_sleep();  // who is told of what this thread has written finds out whether it is there
   return old;
 }
 }  // namespace emulation

@@ -152,6 +152,13 @@ class Machine {
     if (chance(4)) yield();
   }
 
+  // Now and then the current thread loses its turn for long: as good as until nobody else can go on.
+  void maybe_sleep() {
+    if (!chance(3)) return;
+    sleeping_.push_back(current);
+    next();
+  }
+
   // The lanes of a warp meet; the last one runs `complete` on what all brought. Each may change its own operand, which is
   // where it finds its result.
   template <typename T>
@@ -209,6 +216,7 @@ class Machine {
   int stay_in_ = 0;  // a warp keeps its turn but once in this many
   Warp* last_ = nullptr;
   std::vector<Warp*> ready_;
+  std::vector<Thread*> sleeping_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::pair<uint32_t*, uint32_t>> left_over_;  // stores of ended blocks that nobody sees yet
   Fiber host_;
@@ -239,6 +247,12 @@ inline void Machine::set_ready(Warp* warp, uint32_t lanes) {
 // One of the threads that can go on, null if there is none. By chance, but with runs of turns in one warp whose length
 // differs by launch, from even progress of all warps to one that is far ahead.
 inline Thread* Machine::pick() {
+  if (!sleeping_.empty() && (ready_.empty() || draw(1000) == 0)) {
+    std::swap(sleeping_[draw(uint32_t(sleeping_.size()))], sleeping_.back());
+    Thread* thread = sleeping_.back();
+    sleeping_.pop_back();
+    set_ready(thread->warp, thread->warp->ready | bit(thread));
+  }
   if (ready_.empty()) return nullptr;
   Warp* warp = last_;
   int lane;
@@ -372,6 +386,7 @@ inline void Machine::run(const Grid& grid) {
   idle_turns_ = 0;
   last_ = nullptr;
   ready_.clear();
+  sleeping_.clear();
   left_over_.clear();
   while (int(blocks_.size()) < slots) blocks_.push_back(std::make_unique<Block>());
 
@@ -554,7 +569,7 @@ inline void Machine::load_words(const void* from, uint32_t* words, int count) co
 }
 
 inline void Machine::fence() {
-  maybe_yield();
+  maybe_sleep();
   publish(current->block, &current->written);
   publish(current->block, &current->warp->written);
   publish(current->block, &current->block->written);
