@@ -1,7 +1,7 @@
 """The CUDA kernels on the host: modules built against tests/emulation, once for all processes of a test run.
 
-TTS_EMULATION_SANITIZE=1 takes those with AddressSanitizer and UndefinedBehaviorSanitizer; `make emulate-sanitized` loads
-the runtimes that they need. TTS_EMULATION_SEED names the order in which threads take turns (0: plain order).
+TTS_EMULATION_SANITIZE=1 takes those with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtimes must have been
+loaded before Python (`make sanitize`). TTS_EMULATION_SEED names the order of the threads' turns (0: plain order).
 """
 
 from __future__ import annotations

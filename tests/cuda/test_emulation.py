@@ -180,7 +180,7 @@ def test_a_seed_gives_the_same_again(checks):
 
 ERRORS = [
     r"sync_warp \(checks.cu:\d+\)",  # a lane has ended
-    r"at (sync_warp|ballot) \(checks.cu:\d+\) while lanes [\d -]+ of its warp are at (ballot|sync_warp) \(checks.cu:\d+\)",
+    r"at (sync_warp|ballot) \(checks.cu:\d+\) while lanes [\d -]+ of its warp are at (ballot|sync_warp) \(checks",
     r"no thread can go on:\n  block \d+:\n    warp 0: lanes 0-31 ended\n    warp 1: lanes 0-31 at sync_block.*\n"
     r"    barrier 0: 32 of 64 threads",
     r"sync_block \(checks.cu:\d+\)",
