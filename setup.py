@@ -175,8 +175,11 @@ class Toolchain:
         plain = [*sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "tree").glob("*.cpp"))]
         isa = {path.stem: path for path in sorted((CSRC / "cpu" / "isa").glob("*.cpp"))}
         plain += [path for name, path in isa.items() if name not in ISA]
-        name, said = ("TTS_CUDA_ARCHS", " ".join(self.cuda.archs)) if self.cuda else ("TTS_NO_CUDA", self.no_cuda)
-        files = [(CSRC / "bindings.cpp", [f"-D{name}={json.dumps(said)}"]), *((path, []) for path in plain)]
+        if self.cuda:
+            of_bindings = [f"-DTTS_CUDA_ARCHS={json.dumps(' '.join(self.cuda.archs))}", *self.cuda.includes]
+        else:
+            of_bindings = [f"-DTTS_NO_CUDA={json.dumps(self.no_cuda)}"]
+        files = [(CSRC / "bindings.cpp", of_bindings), *((path, []) for path in plain)]
         if self.cuda:
             files += [(path, []) for path in sorted((CSRC / "cuda").rglob("*.cu"))]
         return files + [(isa[name], ISA[name][0]) for name in self.isa if name in isa]
@@ -230,8 +233,10 @@ class Nvcc:
         oldest = min(self.archs, key=lambda arch: int(re.match(r"\d+", arch)[0]))
         if oldest.isdigit():
             self.flags += ["-gencode", f"arch=compute_{oldest},code=compute_{oldest}"]
+        said = self._probe(self.archs[0], "--dryrun")[1]
+        self.includes = [flag for folder in re.findall(r'"-I([^"]*)"', said) for flag in ("-isystem", folder)]
         # Static: it loads the driver on first use, so the module can be imported where there is none.
-        self.link_flags = [self._runtime(), "-ldl", "-lrt", "-lpthread"]
+        self.link_flags = [self._runtime(re.findall(r'"-L([^"]*)"', said)), "-ldl", "-lrt", "-lpthread"]
 
     @staticmethod
     def _find():
@@ -257,8 +262,7 @@ class Nvcc:
         said = next((line for line in done.stderr.splitlines() if re.search("error|fatal", line)), done.stderr.strip())
         return f"{self.nvcc} for {arch}: {said}", done.stderr
 
-    def _runtime(self):
-        folders = re.findall(r'"-L([^"]*)"', self._probe(self.archs[0], "--dryrun")[1])
+    def _runtime(self, folders):
         for path in (Path(folder, "libcudart_static.a") for folder in folders):
             if path.exists():
                 return str(path)
