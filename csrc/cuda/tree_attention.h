@@ -9,16 +9,24 @@
 
 namespace tts {
 
-// On the current device: at most `blocks` blocks of threads. Defined for 64, 96, 128, 192 and 256.
+// On the current device. Throws std::runtime_error for what no kernel is made for, and where the launch fails.
+void run_cuda_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream);
+
+// Of shared memory that a block of threads takes.
+int64_t cuda_tree_attention_shared_bytes(int head_dim, int num_stages, bool fp8);
+
+// Defined in head_dim/ for 64, 96, 128, 192 and 256: heads of up to so many dimensions.
 template <int kDim>
-void run_tree_attention_dim(const CudaTreeAttentionParams& p, uintptr_t stream, int blocks);
+void run_tree_attention_dim(const CudaTreeAttentionParams& p, uintptr_t stream);
+template <int kDim>
+int64_t tree_attention_shared_bytes_dim(int num_stages, bool fp8);
 
 inline std::string describe(const CudaTreeAttentionParams& p) {
   const TreeAttentionParams& c = p.call;
   std::ostringstream text;
-  text << "rows " << c.num_rows << ", heads " << c.num_heads << "/" << c.num_kv_heads << ", head_dim " << c.head_dim
-       << ", nodes " << c.num_nodes << ", page_size " << c.page_size << ", items " << p.num_items << ", stages "
-       << p.num_stages;
+  text << c.num_rows << " rows of " << c.num_heads << " heads, " << c.num_kv_heads << " KV heads of " << c.head_dim
+       << ", " << c.num_nodes << " nodes, page_size " << c.page_size << ", " << p.num_items << " items, "
+       << p.num_stages << " stages";
   return text.str();
 }
 

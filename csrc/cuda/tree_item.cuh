@@ -2,25 +2,22 @@
 #pragma once
 
 #include "../params.h"
+#include "chunks.cuh"
 #include "device.cuh"
 
 namespace tts {
 
 constexpr int kTreeThreads = 256, kTreeWarps = kTreeThreads / 32;
-constexpr int kMaxStages = 4;     // blocks of KV in shared memory; as many items can be begun at a time
+constexpr int kMaxStages = 4;       // blocks of KV in shared memory; as many items can be begun at a time
 constexpr int kMostTileRows = 128;  // of the three tiles: 16, 64 and 128 packed rows
 
 // Tokens of a block of KV. The same for every tile, since a row's rounding depends on it.
 constexpr int block_tokens(int dim) { return dim <= 128 ? 64 : 32; }
 
-TTS_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// By the node's length and own rows, never by those below it: work.chunk_tokens in Python.
+// Of a node.
 TTS_DEVICE int chunk_tokens(const CudaTreeAttentionParams& p, int node, int length) {
-  const TreeAttentionParams& c = p.call;
-  const int own_packed = (c.own_end(node) - c.own_begin(node)) * c.group();
-  const int most = max(p.max_chunks / max(ceil_div(own_packed, p.wide_rows), 1), 1);
-  return max(ceil_div(ceil_div(length, most), p.min_chunk), 1) * p.min_chunk;
+  const int own_rows = p.call.own_end(node) - p.call.own_begin(node);
+  return chunk_tokens(length, most_chunks(own_rows, p.call.group(), p.wide_rows, p.max_chunks), p.min_chunk);
 }
 
 // The partial states of a row: those of its path.
@@ -31,10 +28,10 @@ TTS_DEVICE int count_states(const CudaTreeAttentionParams& p, int owner) {
 
 // What is true of all of an item. In shared memory, for those who compute; the copying runs ahead.
 struct TreeItem {
-  int rows;                    // packed rows of the tile: 16, 64, 128
-  int count;                   // of them that there are
-  int first;                   // packed row
-  int own_begin;               // row that packed row 0 belongs to
+  int rows;       // packed rows of the tile: 16, 64, 128
+  int count;      // of them that there are
+  int first;      // packed row
+  int own_begin;  // row that packed row 0 belongs to
   int kv_head;
   int state;                   // chunks before this one on the path
   int begin;                   // first token of the first block
@@ -54,8 +51,8 @@ struct TreeShared {
   TreeItem item[kMaxStages];
   TreeRows rows[kMaxStages];
   int extremes[2][kTreeWarps];
-  float largest[128];          // [warps that share rows][rows]
-  bool last[kMostTileRows];    // this block is the last arriver of the row
+  float largest[128];        // [warps that share rows][rows]
+  bool last[kMostTileRows];  // this block is the last arriver of the row
 };
 
 // Places in the rest of the dynamic shared memory, behind TreeShared.
@@ -63,8 +60,8 @@ struct TreeShared {
 template <int kDim>
 struct TreeLayout {
   static constexpr int kTokens = block_tokens(kDim);
-  static constexpr int kHalf = kTokens * kDim * 2;  // bytes of K or V of a block in T
-  static constexpr int kChunks = kDim / 8;          // of 16 bytes in a row of it
+  static constexpr int kHalf = kTokens * kDim * 2;                              // bytes of K or V of a block in T
+  static constexpr int kChunks = kDim / 8;                                      // of 16 bytes in a row of it
   static constexpr int kWeights = (int(sizeof(TreeShared)) + 127) / 128 * 128;  // P, [64][kTokens]
   static constexpr int kBlocks = kWeights + 64 * kTokens * 2;
 

@@ -110,7 +110,8 @@ class TreeStream {
         k_offset = (page * c.k_page + slot * c.k_token) * kBytes + piece * 16;
         v_offset = (page * c.v_page + slot * c.v_token) * kBytes + piece * 16;
       }
-      const int to = 16 * (kBytes == 2 ? swizzled<kPieces>(token, piece) : i);
+      int to = 16 * i;
+      if constexpr (kBytes == 2) to = 16 * swizzled<kPieces>(token, piece);
       copy_async_16(k_to + to, k_from + k_offset, valid);
       copy_async_16(v_to + to, v_from + v_offset, valid);
     }

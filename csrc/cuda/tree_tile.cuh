@@ -75,9 +75,9 @@ class TreeTile {
 
  private:
   static constexpr int kTokens = block_tokens(kDim);
-  static constexpr int kGroups = kRows / 16;              // of 16 rows
+  static constexpr int kGroups = kRows / 16;             // of 16 rows
   static constexpr int kMembers = kTreeWarps / kGroups;  // warps that share them
-  static constexpr int kTilesIn = kTokens / 8;            // of 8 tokens
+  static constexpr int kTilesIn = kTokens / 8;           // of 8 tokens
   static constexpr int kScores = (kTilesIn + kMembers - 1) / kMembers, kOut = (kTilesOut + kMembers - 1) / kMembers;
   static constexpr int kDimChunks = kDim / 8, kTokenChunks = kTokens / 8;
   static_assert(kGroups * kMembers == kTreeWarps, "whole groups");
@@ -171,8 +171,7 @@ class TreeTile {
         const int tile = member() + kMembers * i;
         if (kTilesIn % kMembers != 0 && tile >= kTilesIn) break;
         uint32_t b[4];
-        load_matrix_x4(
-            b, keys + 16 * swizzled<kDimChunks>(8 * tile + lane_index() % 8, 4 * step + lane_index() / 8));
+        load_matrix_x4(b, keys + 16 * swizzled<kDimChunks>(8 * tile + lane_index() % 8, 4 * step + lane_index() / 8));
         mma_16816<T>(score[i], q_[2 * step], b[0], b[1]);
         mma_16816<T>(score[i], q_[2 * step + 1], b[2], b[3]);
       }
@@ -190,8 +189,8 @@ class TreeTile {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (kMembers > 1) {
-          const int place = swizzled<kTokenChunks>(16 * group() + lane_index() % 16,
-                                                   2 * (2 * step + j) + lane_index() / 16);
+          const int place =
+              swizzled<kTokenChunks>(16 * group() + lane_index() % 16, 2 * (2 * step + j) + lane_index() / 16);
           load_matrix_x4(a[j], weights() + 4 * place);
         } else {
           // The result of a product is laid out as the first operand of another.

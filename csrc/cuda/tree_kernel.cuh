@@ -1,5 +1,7 @@
-// The kernel of tree attention, for one size of heads at a time (TTS_HEAD_DIM), so that sizes compile in parallel;
-// without that macro, for all of them.
+// The kernel of tree attention. The files in head_dim/ make it for one size of heads each, so that they compile in
+// parallel; a head of another size takes the next larger one, whose further columns are zeros.
+#pragma once
+
 #include "tree_attention.h"
 
 #include <algorithm>
@@ -44,29 +46,27 @@ __global__ void __launch_bounds__(kTreeThreads, 1)
 }
 
 template <typename T, int kDim>
-void launch_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream, int blocks, const char* name) {
+void launch_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream, const char* name) {
+  const auto kernel = tree_attention_kernel<T, kDim>;
   const int64_t shared_bytes = TreeLayout<kDim>::bytes(p.num_stages, p.call.kv_dtype == DType::f8e4m3);
   const int64_t parts = (p.call.num_rows + kTreeThreads - 1) / kTreeThreads;
-  const int64_t grid = std::min<int64_t>(int64_t(p.num_items) * p.call.num_kv_heads + parts, blocks);
-  launch(tree_attention_kernel<T, kDim>, {grid, kTreeThreads, shared_bytes, stream, name}, p);
+  const int64_t work = int64_t(p.num_items) * p.call.num_kv_heads + parts;
+  const int64_t blocks = int64_t(multiprocessor_count(current_device())) *
+                         std::max(blocks_per_multiprocessor(kernel, kTreeThreads, shared_bytes), 1);
+  launch(kernel, {std::min(work, blocks), kTreeThreads, shared_bytes, stream, name}, p);
 }
 
 template <int kDim>
-void run_tree_attention_dim(const CudaTreeAttentionParams& p, uintptr_t stream, int blocks) {
+void run_tree_attention_dim(const CudaTreeAttentionParams& p, uintptr_t stream) {
   if (p.call.q_dtype == DType::f16)
-    launch_tree_attention<F16, kDim>(p, stream, blocks, "tree_attention float16");
+    launch_tree_attention<F16, kDim>(p, stream, "tree_attention float16");
   else
-    launch_tree_attention<BF16, kDim>(p, stream, blocks, "tree_attention bfloat16");
+    launch_tree_attention<BF16, kDim>(p, stream, "tree_attention bfloat16");
 }
 
-#ifdef TTS_HEAD_DIM
-template void run_tree_attention_dim<TTS_HEAD_DIM>(const CudaTreeAttentionParams&, uintptr_t, int);
-#else
-template void run_tree_attention_dim<64>(const CudaTreeAttentionParams&, uintptr_t, int);
-template void run_tree_attention_dim<96>(const CudaTreeAttentionParams&, uintptr_t, int);
-template void run_tree_attention_dim<128>(const CudaTreeAttentionParams&, uintptr_t, int);
-template void run_tree_attention_dim<192>(const CudaTreeAttentionParams&, uintptr_t, int);
-template void run_tree_attention_dim<256>(const CudaTreeAttentionParams&, uintptr_t, int);
-#endif
+template <int kDim>
+int64_t tree_attention_shared_bytes_dim(int num_stages, bool fp8) {
+  return TreeLayout<kDim>::bytes(num_stages, fp8);
+}
 
 }  // namespace tts
