@@ -12,6 +12,12 @@
 #ifdef TTS_EMULATED
 #include "cuda/launch.h"
 #endif
+#ifdef TTS_HAVE_CUDA
+#include "cuda/bind_scoring.h"
+#include "cuda/bind_states.h"
+#include "cuda/bind_tree.h"
+#include "cuda/bind_work_list.h"
+#endif
 
 namespace py = pybind11;
 
@@ -29,6 +35,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_select", &tts::cpu_select, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_code_paths", &tts::code_paths);
   m.def("cpu_active_code_path", &tts::active_code_path_name);
+#endif
+#ifdef TTS_HAVE_CUDA
+  m.def("cuda_is_emulated", &tts::cuda_is_emulated);
+  m.def("cuda_tree_attention", &tts::cuda_tree_attention, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_tree_attention_shared_bytes", &tts::cuda_tree_attention_shared_bytes);
+  m.def("cuda_work_list", &tts::cuda_work_list, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_append_kv", &tts::cuda_append_kv, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_merge_states", &tts::cuda_merge_states, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_gather_rows", &tts::cuda_gather_rows, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_step_scores", &tts::cuda_step_scores, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_select", &tts::cuda_select, py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef TTS_EMULATED
   m.def("cuda_emulation_seed", &tts::cuda_emulation_seed, py::arg("seed"), py::arg("multiprocessors") = 3);
