@@ -84,6 +84,20 @@ struct CudaTreeAttentionParams {
   Divider by_group, by_page_size;
 };
 
+// The work list of a tree, made on the device. Its parts lie one behind the other: tts_kernels/attention/work.py.
+struct WorkListParams {
+  const int32_t* nodes;  // [7, num_nodes]
+  const int32_t* grows;  // [num_nodes]
+  int32_t* items;        // [num_items, 4], 16-byte aligned
+  int32_t* path_chunks;  // [num_nodes]
+  int32_t* first_state;  // [num_rows]
+  int32_t* live_items;   // [1]
+  int32_t num_nodes, num_rows, num_items;
+  int32_t group;
+  int32_t spare;  // tokens by which growing nodes may come to be longer
+  int32_t wide_rows, narrow_rows, tall_rows, min_chunk, max_chunks;  // configs.TreeConfig
+};
+
 struct AppendKVParams {
   const void* k;  // [num_rows, num_kv_heads, head_dim]
   int64_t k_row, k_head;

@@ -97,7 +97,8 @@ def build(
 
 def load(module: Path) -> ModuleType:
     """The module at this path, beside any other of its name."""
-    spec = spec_from_file_location(module.stem, module)
+    # pybind11 keeps modules by their full name and would hand out the first of this name again.
+    spec = spec_from_file_location(f"{module.parent.name}.{module.stem}", module)
     loaded = module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
