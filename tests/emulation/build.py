@@ -133,7 +133,9 @@ def _compile(root: Path, folder: Path, sources: Sequence[str], sanitize: bool) -
             said.write_text(shlex.join(command))
         return target
 
-    files = sorted({file for pattern in sources for file in root.glob(pattern)}, key=lambda file: -file.stat().st_size)
+    # Largest first; not what an editor keeps beside its files.
+    files = {file for pattern in sources for file in root.glob(pattern) if not file.name.startswith(".")}
+    files = sorted(files, key=lambda file: (-file.stat().st_size, file))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or min(2, os.cpu_count() or 1))) as pool:
         return list(pool.map(compiled, files))
 
