@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
+import emulated
 import pytest
 import torch
 from attention_paths import ISAS, Path
@@ -21,11 +22,24 @@ STATS = ("last", "min", "prod", "mean", "max", "log_prod")
 
 
 class ScoringPath(Path):
-    """A backend of the scoring ops, or a CPU code path of one."""
+    """A backend of the scoring ops, or a CPU code path of one. "cuda" on the CPU: its kernels in emulation."""
+
+    def select(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().select(monkeypatch)
+        if self.emulated:
+            backend = importlib.import_module("tts_kernels.scoring.cuda")
+            monkeypatch.setattr(backend, "native", emulated.native())
+            monkeypatch.setattr(backend, "product", product_by_row)
+            monkeypatch.setattr(backend, "_counters", {})
 
     def missing(self) -> str | None:
+        if self.emulated:
+            return emulated.missing()
         if self.device == "cuda":
-            return None if torch.cuda.is_available() else "no CUDA device"
+            if not torch.cuda.is_available():
+                return "no CUDA device"
+            tensor = torch.empty(0, 1, device="cuda")
+            return "; ".join(scoring.unsupported_reasons("step_scores", self.backend, tensor)) or None
         if reasons := scoring.unsupported_reasons("step_scores", self.backend, torch.empty(0, 1)):
             return "; ".join(reasons)
         if self.isa and self.isa not in importlib.import_module("tts_kernels.attention.cpu").isas():
@@ -33,12 +47,21 @@ class ScoringPath(Path):
         return None
 
 
+def product_by_row(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    """In place of torch's product on a GPU: every row's sums in one order, which a BLAS on the CPU does not promise."""
+    out.zero_()
+    for d in range(x.shape[1]):
+        out.addcmul_(x[:, d, None].float(), w[:, d].float())
+
+
 PATHS = (
     ScoringPath("reference"),
     *(ScoringPath("cpu", isa=isa) for isa in ISAS),
     ScoringPath("triton"),
+    ScoringPath("cuda"),
     ScoringPath("reference", device="cuda"),
     ScoringPath("triton", device="cuda"),
+    ScoringPath("cuda", device="cuda"),
 )
 
 

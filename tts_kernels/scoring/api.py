@@ -22,7 +22,7 @@ from .results import REDUCES, Selection, StepScores
 BACKENDS = Backends(
     "scoring",
     __package__,
-    {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": None},
+    {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": ".cuda"},
     {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
     {op: op for op in ("step_scores", "aggregate", "select", "token_logprobs")} | {"verify": "step_scores"},
 )
@@ -221,8 +221,20 @@ def _step_scores(
 ):  # fmt: skip
     checks.check_steps(hidden, positions, offsets, ordered, check)
     module = BACKENDS.pick("step_scores", backend, hidden, positions, offsets)
-    logits = module.logits(hidden, positions, w1, b1, act, w2, b2, norm_weight, norm_eps)
-    return module.reduce(logits, offsets, activation, positive)
+    head = hidden, positions, w1, b1, act, w2, b2, norm_weight, norm_eps
+    return verdict_of(module, head, offsets, activation, positive)
+
+
+def verdict_of(module, head: tuple, offsets: Tensor, activation: str, positive: int, choice: tuple | None = None):
+    """What `reduce` returns, and behind it what `select` does where choice = (reduce, group_offsets, answers, method,
+    k) is given. A backend that does it all at once has `verdict`."""
+    if hasattr(module, "verdict"):
+        return module.verdict(*head, offsets, activation, positive, choice)
+    results = module.reduce(module.logits(*head), offsets, activation, positive)
+    if choice is None:
+        return results
+    by, *chosen = choice
+    return *results, *module.select(results[2][REDUCES.index(by)], *chosen)
 
 
 def _fake_step_scores(hidden, positions, offsets, *rest):
@@ -242,8 +254,7 @@ def _fake_aggregate(margin, offsets, *rest):
 
 def _select(scores, group_offsets, answers, method, k, backend, check):
     checks.check_groups(scores.shape[0], group_offsets, answers, check)
-    module = BACKENDS.pick("select", backend, scores)
-    return module.select(scores, groups_of(scores, group_offsets), answers, method, k)
+    return BACKENDS.pick("select", backend, scores).select(scores, group_offsets, answers, method, k)
 
 
 def _fake_select(scores, group_offsets, answers, method, k, backend, check):
@@ -256,13 +267,10 @@ def _verify(
     reduce, group_offsets, answers, method, k, backend, check,
 ):  # fmt: skip
     checks.check_groups(offsets.shape[0] - 1, group_offsets, answers, check)
-    results = _step_scores(
-        hidden, positions, offsets, w1, b1, w2, b2, norm_weight, norm_eps, act, activation, positive, ordered,
-        backend, check,
-    )  # fmt: skip
-    scores = results[2][REDUCES.index(reduce)]
-    module = BACKENDS.pick("step_scores", backend, hidden, positions, offsets)
-    return *results, *module.select(scores, groups_of(scores, group_offsets), answers, method, k)
+    checks.check_steps(hidden, positions, offsets, ordered, check)
+    module = BACKENDS.pick("verify", backend, hidden, positions, offsets)
+    head = hidden, positions, w1, b1, act, w2, b2, norm_weight, norm_eps
+    return verdict_of(module, head, offsets, activation, positive, (reduce, group_offsets, answers, method, k))
 
 
 def _fake_verify(hidden, positions, offsets, *rest):
@@ -281,13 +289,6 @@ def _token_logprobs(hidden, weight, targets, bias, backend, check):
 
 def _fake_token_logprobs(hidden, weight, targets, bias, backend, check):
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-
-def groups_of(scores: Tensor, group_offsets: Tensor | None) -> Tensor:
-    if group_offsets is not None:
-        return group_offsets
-    # Made on the device: a copy from the host would wait for it.
-    return torch.arange(2, device=scores.device) * scores.shape[0]
 
 
 _STEPS = (

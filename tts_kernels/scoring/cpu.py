@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tts_kernels import _C
 
+from .results import one_group
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2}  # of a head's hidden layer
 KINDS = {"softmax": 0, "sigmoid": 1, "identity": 2}
@@ -72,8 +74,11 @@ def reduce(logits: Tensor, offsets: Tensor, activation: str, positive: int) -> t
     return margin, prob, stats, count
 
 
-def select(scores: Tensor, group_offsets: Tensor, answers: Tensor | None, method: str, k: int) -> tuple[Tensor, Tensor]:
-    """indices int64 [G, k] and their scores fp32 [G, k]; -1 and nan where a group has fewer."""
+def select(
+    scores: Tensor, group_offsets: Tensor | None, answers: Tensor | None, method: str, k: int
+) -> tuple[Tensor, Tensor]:
+    """indices int64 [G, k] and their scores fp32 [G, k]; -1 and nan where a group has fewer. None: one group."""
+    group_offsets = one_group(scores) if group_offsets is None else group_offsets
     scores, group_offsets = scores.contiguous(), group_offsets.contiguous()
     answers = None if answers is None else answers.contiguous()
     num_groups = group_offsets.shape[0] - 1

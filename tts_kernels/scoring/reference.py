@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .results import one_group
+
 HEAD_ROWS = 64  # of a product
 VECTOR = 16  # what the length of a product's sums is a multiple of
 TOKEN_ROWS = 256
@@ -90,7 +92,10 @@ def segments(values: Tensor, offsets: Tensor, how: str) -> Tensor:
     return torch.segment_reduce(values[:, None], how, offsets=offsets, axis=0, unsafe=True)[:, 0]
 
 
-def select(scores: Tensor, group_offsets: Tensor, answers: Tensor | None, method: str, k: int) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, group_offsets: Tensor | None, answers: Tensor | None, method: str, k: int
+) -> tuple[Tensor, Tensor]:
+    group_offsets = one_group(scores) if group_offsets is None else group_offsets
     num_candidates = scores.shape[0]
     if not num_candidates:
         shape = (group_offsets.shape[0] - 1, k)

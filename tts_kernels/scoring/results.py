@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 REDUCES = ("last", "min", "prod", "mean", "max", "log_prod")  # rows of the statistics that the backends return
@@ -46,3 +47,8 @@ class Selection:
 
     indices: Tensor
     scores: Tensor
+
+
+def one_group(scores: Tensor) -> Tensor:
+    """The offsets of a group of all candidates. Made on the device: a copy from the host would wait for it."""
+    return torch.arange(2, device=scores.device) * scores.shape[0]

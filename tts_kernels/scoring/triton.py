@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from .results import one_group
 
 INTERPRETED = not isinstance(kernels.reduce_steps, triton.JITFunction)
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -86,7 +87,10 @@ def reduce(logits: Tensor, offsets: Tensor, activation: str, positive: int) -> t
     return margin, prob, stats, count
 
 
-def select(scores: Tensor, group_offsets: Tensor, answers: Tensor | None, method: str, k: int) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, group_offsets: Tensor | None, answers: Tensor | None, method: str, k: int
+) -> tuple[Tensor, Tensor]:
+    group_offsets = one_group(scores) if group_offsets is None else group_offsets
     num_groups, num_candidates = group_offsets.shape[0] - 1, scores.shape[0]
     indices = group_offsets.new_empty(num_groups, k)
     selected = scores.new_empty(num_groups, k)

@@ -1,0 +1,59 @@
+"""What the cuda backends of all op families share: whether the native module's kernels run here, and where a call runs.
+
+Each backend has the module as its own `native`, which tests replace by the emulated one, so it is passed in."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def reasons_of(native: ModuleType | None, function: str, *tensors: Tensor) -> list[str]:
+    """Why the native module cannot run the kernel behind `function` on these tensors."""
+    if not hasattr(native, function):
+        return [f"the native module has no CUDA kernels: {getattr(native, 'no_cuda', 'it was not built')}"]
+    if native.cuda_is_emulated():
+        wrong = [t for t in tensors if t.device.type != "cpu"]
+        return [f"its kernels are emulated, on CPU tensors, got one on {t.device}" for t in wrong[:1]]
+    if tensors and tensors[0].device.type != "cuda":
+        return [f"it runs on CUDA tensors, got one on {tensors[0].device}"]
+    return device_reasons(native.cuda_archs, tensors[0].device if tensors else None)
+
+
+@functools.cache
+def device_reasons(archs: str, device: torch.device | None) -> list[str]:
+    """archs: what the module was built for, "80 90a 100a"."""
+    if torch.version.hip:
+        return ["it runs on NVIDIA GPUs, and this torch is for AMD's"]
+    if not torch.cuda.is_available():
+        return ["torch finds no CUDA device"]
+    capability = torch.cuda.get_device_capability(device)
+    names = archs.split()
+    if any(runs(arch, capability) for arch in names) or has_ptx_for(names, capability):
+        return []
+    names = ", ".join(f"sm_{arch}" for arch in names)
+    return [f"it was built for {names}, and the device is of sm_{capability[0]}{capability[1]}"]
+
+
+def runs(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether the device runs code for "80", "90a", ...: that of its generation, an "a" on that very one alone."""
+    number = int(arch.rstrip("af"))
+    if arch.endswith("a"):
+        return divmod(number, 10) == tuple(capability)
+    return number // 10 == capability[0] and number % 10 <= capability[1]
+
+
+def has_ptx_for(archs: list[str], capability: tuple[int, int]) -> bool:
+    """The module holds PTX of the oldest architecture, unless that is one whose PTX is for itself alone."""
+    oldest = min(archs, key=lambda arch: int(arch.rstrip("af")))
+    return oldest.isdigit() and int(oldest) <= 10 * capability[0] + capability[1]
+
+
+def place(device: torch.device) -> tuple[int, int]:
+    """Device and stream, as the native module takes them; of CPU tensors, for the emulated module, none."""
+    if device.type == "cpu":
+        return 0, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
