@@ -92,9 +92,13 @@ class Backends:
             if reasons:
                 raise RuntimeError(f"backend {backend!r} cannot run {op}: " + "; ".join(reasons))
             return self.load(backend)
+        return self.load(self.choose(op, *tensors))
+
+    def choose(self, op: str, *tensors: Tensor) -> str:
+        """The name of the first that can run the call on this device."""
         for name in self.order(op, *tensors):
             if not self.unsupported_reasons(op, name, *tensors):
-                return self.load(name)
+                return name
         raise RuntimeError(f"no backend can run {op} on {tensors[0].device}")
 
     def order(self, op: str, *tensors: Tensor) -> tuple[str, ...]:

@@ -190,10 +190,12 @@ class TreeStream {
     const int first_row = own_begin + p_.by_group.divide(item.first);
     const int last_row = own_begin + p_.by_group.divide(item.first + item.count - 1);
     low = min(max(low, chunk_begin), chunk_end);
-    token_ = chunk_begin + (low - chunk_begin) / Layout::kTokens * Layout::kTokens;
     seen_begin_ = low;
     seen_end_ = min(chunk_end, stop_of(last_row));
-    blocks_ = max(ceil_div(max(seen_end_ - token_, 0), Layout::kTokens), 1);
+    token_ = chunk_begin + (low - chunk_begin) / Layout::kTokens * Layout::kTokens;
+    // The block of an item of which no row sees a token has tokens that there are not.
+    if (seen_end_ <= low) token_ = seen_end_ = -Layout::kTokens;
+    blocks_ = max(ceil_div(seen_end_ - token_, Layout::kTokens), 1);
     pages_ = c.pages + c.page_begin(node);
     kv_head_ = kv_head;
 

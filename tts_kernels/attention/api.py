@@ -15,12 +15,12 @@ from torch import Tensor
 from tts_kernels.dispatch import Backends, register
 from tts_kernels.tree.plan import TreePlan
 
-from . import checks, tables
+from . import checks, tables, work
 
 BACKENDS = Backends(
     "attention",
     __package__,
-    {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": None},
+    {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": ".cuda"},
     {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
     {
         "tree_attention": "tree_attention",
@@ -101,7 +101,7 @@ def tree_attention(
     lse = torch.empty((num_rows, num_q_heads), dtype=torch.float32, device=q.device) if return_lse else None
     # Pages held in reserve may lie outside the cache, pages in use may not: where the plan's largest id does, look.
     check = check or plan.max_page >= k_cache.shape[0]
-    table, scratch, tile = work_of(plan, q, k_cache, backend)
+    table, scratch, tile = work_of(plan, q, k_cache, v_cache, backend)
     torch.ops.tts_kernels.tree_attention.default(
         out, lse, q, k_cache, v_cache, plan.nodes, plan.pages, plan.rows, plan.page_size, plan.causal,
         scale, softcap, window, sinks, k_scale, v_scale, table, scratch, tile, backend, check,
@@ -213,18 +213,28 @@ def merge_states(out: Tensor, lse: Tensor, *, backend: str | None = None) -> tup
     return torch.ops.tts_kernels.merge_states.default(out, lse, BACKENDS.check(backend))
 
 
-def work_of(plan: TreePlan, q: Tensor, k_cache: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None, list[int]]:
+def work_of(
+    plan: TreePlan, q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str
+) -> tuple[Tensor | None, Tensor | None, list[int]]:
     """The work list of a GPU backend for this geometry: made by the first call and kept with the plan."""
-    if backend in ("reference", "cpu") or (q.device.type == "cpu" and backend != "triton"):
+    if backend in ("reference", "cpu") or (q.device.type == "cpu" and not backend):
         return None, None, []
-    key = (q.shape[1], k_cache.shape[2], q.shape[2], q.dtype, k_cache.dtype)
-    work = plan.works.get(key)
-    if work is None:
-        # A compiled function does not make it: the op does for itself, or is traced again once there is one.
-        if torch.compiler.is_compiling() or BACKENDS.unsupported_reasons("tree_attention", "triton", q, k_cache):
-            return None, None, []
-        work = plan.works[key] = BACKENDS.load("triton").prepare(plan, q, k_cache)
-    return work.table, work.scratch, work.tile
+    # A compiled function asks no backend: it takes the list that an earlier call has left, or the op makes one.
+    compiling = torch.compiler.is_compiling()
+    if not backend and not compiling:
+        backend = BACKENDS.choose("tree_attention", q, k_cache, v_cache)
+    for name in (backend,) if backend else ("cuda", "triton"):
+        if name not in work.BACKENDS:
+            continue
+        key = work.key_of(q, k_cache, name)
+        kept = plan.works.get(key)
+        if kept is None and not compiling:
+            if backend and BACKENDS.unsupported_reasons("tree_attention", name, q, k_cache, v_cache):
+                continue  # the op says why
+            kept = plan.works[key] = BACKENDS.load(name).prepare(plan, q, k_cache)
+        if kept is not None:
+            return work.argument(kept, name)
+    return None, None, []
 
 
 # The registered ops. What reads tensor values (checks, the choice of a backend) happens in here, where torch.compile

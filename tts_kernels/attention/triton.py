@@ -23,7 +23,17 @@ from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, ROWS_END, TreePlan
 
 from . import triton_states, triton_tree
 from .counts import WorkCounts
-from .work import Work, make_work, most_chunks, num_chunks, work_lists, work_of_lists
+from .work import (
+    Work,
+    key_of,
+    made_for,
+    make_work,
+    most_chunks,
+    num_chunks,
+    refuse_capture,
+    work_lists,
+    work_of_lists,
+)
 
 INTERPRETED = not isinstance(triton_tree.tree_tiles, triton.JITFunction)
 FP8 = torch.float8_e4m3fn
@@ -78,8 +88,10 @@ def tree_attention(
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads, num_nodes = k_cache.shape[2], nodes.shape[1]
     group = num_q_heads // num_kv_heads
-    table, scratch, tile = work if work[0] is not None else work_without_plan(nodes, q, k_cache)
-    config = TreeConfig(*tile)
+    config = made_for(work, "triton")
+    if config is None:
+        config, *work = work_without_plan(nodes, q, k_cache)
+    table, scratch, *_ = work
     num_items = (table.numel() - num_nodes - num_rows - 1) // 4
     num_states = scratch.numel() // (num_q_heads * (head_dim + 2))
     items, path_chunks, first_state, _ = table.split_with_sizes([4 * num_items, num_nodes, num_rows, 1])
@@ -127,7 +139,7 @@ def work_without_plan(nodes: Tensor, q: Tensor, k_cache: Tensor) -> tuple:
     heads = q.shape[1], k_cache.shape[2]
     lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, heads[0] // heads[1], config)
     work = work_of_lists(lists, *heads, q.shape[2], config, q.device)
-    return work.table, work.scratch, work.tile
+    return config, work.table, work.scratch
 
 
 def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]]) -> WorkCounts:
@@ -135,7 +147,7 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
     if it has one."""
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
-    kept = plan.works.get((num_q_heads, num_kv_heads, head_dim, q.dtype, k_cache.dtype))
+    kept = plan.works.get(key_of(q, k_cache, "triton"))
     config = kept.config if kept else config_of(q, k_cache)
     items = kv_loads = states = products = 0
     group = num_q_heads // num_kv_heads
@@ -160,14 +172,6 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
         states=states * num_kv_heads,
         flops=4 * block_dim(head_dim) * products * num_kv_heads,
     )
-
-
-def refuse_capture(q: Tensor) -> None:
-    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "plan: expected one that has been used once with these shapes before a CUDA graph is captured (the first "
-            "call makes its work list), got one that has not"
-        )
 
 
 def append_kv(k, v, k_cache, v_cache, slots):

@@ -16,6 +16,7 @@ from tts_kernels.configs import TreeConfig
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PARENT, ROWS_END, TreePlan, int_tensor
 
 NARROW, WIDE, TALL = range(3)  # an item's tile
+BACKENDS = ("triton", "cuda")  # that have lists, each its own
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,32 @@ class Work:
         if self.table.device.type == "cuda":
             table = table.pin_memory()
         self.table.copy_(table, non_blocking=True)
+
+
+def key_of(q: Tensor, k_cache: Tensor, backend: str) -> tuple:
+    """Of a list in TreePlan.works."""
+    return q.shape[1], k_cache.shape[2], q.shape[2], q.dtype, k_cache.dtype, backend
+
+
+def argument(work: Work, backend: str) -> tuple[Tensor, Tensor, list[int]]:
+    """The list as the registered op takes it: table, scratch, and the config's numbers with that of the backend."""
+    return work.table, work.scratch, [*work.tile, BACKENDS.index(backend)]
+
+
+def made_for(work: tuple[Tensor | None, Tensor | None, list[int]], backend: str) -> TreeConfig | None:
+    """The config of a list that came with the op, if it is one of this backend's."""
+    table, _, numbers = work
+    if table is None or numbers[-1] != BACKENDS.index(backend):
+        return None
+    return TreeConfig(*numbers[:-1])
+
+
+def refuse_capture(q: Tensor) -> None:
+    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "plan: expected one that has been used once with these shapes before a CUDA graph is captured (the first "
+            "call makes its work list), got one that has not"
+        )
 
 
 def most_chunks(own_rows: int, group: int, config: TreeConfig) -> int:
@@ -188,11 +215,14 @@ def work_of_lists(
     config: TreeConfig,
     device: torch.device,
     most: tuple[int, int] | None = None,
+    num_counters: int = 0,
 ) -> Work:
     num_items, num_states = most or (len(lists.items) // 4, lists.num_states)
     with torch.inference_mode(False):  # else it could not be used outside of inference mode
         table = table_of_lists(lists, num_items, config).to(device)
-        scratch = torch.empty(num_states * num_q_heads * (head_dim + 2), dtype=torch.float32, device=device)
+        numbers = num_states * num_q_heads * (head_dim + 2)
+        scratch = torch.empty(numbers + num_counters, dtype=torch.float32, device=device)
+        scratch[numbers:].zero_()
     return Work(config, table, scratch, num_items, num_states, num_q_heads // num_kv_heads)
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -96,6 +97,44 @@ def tree_config(
     values.setdefault("max_chunks", min(max(64 // num_kv_heads, 16), 64))
     config = TreeConfig(**values)
     return config.invariant() if batch_invariant() else config
+
+
+def cuda_tree_config(
+    device_name: str,
+    head_dim: int,
+    num_kv_heads: int,
+    kv_bytes: int,
+    num_q_heads: int,
+    fits: Callable[[int], bool],
+) -> TreeConfig:
+    """Of the kernels of csrc/cuda: what was measured on the device (`cuda` of a row), else a rule. Results depend on
+    the chunks, and on nothing else of it.
+
+    fits    whether the shared memory that a block of threads can have takes so many stages
+    """
+    # What the kernels are made for. More rows would take more registers than a thread has, where heads are long.
+    tokens, tall_rows = (64, 128) if head_dim <= 128 else (32, 0)
+    values = {
+        "wide_rows": 64,
+        "wide_tokens": tokens,
+        "narrow_rows": 16,
+        "narrow_tokens": tokens,
+        "tall_rows": tall_rows,
+        "num_warps": 8,
+        # As much KV on the way as there is room for: two blocks at least, as one of them is worked on.
+        "num_stages": next((stages for stages in (4, 3) if fits(stages)), 2),
+        # As in `rule` and tree_config: a state is written for not too little KV; few chunks unless heads are few.
+        "min_chunk": 256,
+        "max_chunks": min(max(64 // num_kv_heads, 16), 64),
+    }
+    if device_name == "emulation":
+        values |= {"min_chunk": 64, "max_chunks": 8, "source": device_name}
+    key = {"block_dim": block_dim(head_dim), "q_bytes": 2, "kv_bytes": kv_bytes}
+    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
+    for entry in entries("tree_attention", device_name, key | heads):
+        if "cuda" in entry:
+            values |= entry["cuda"] | {"source": source(entry)}
+    return TreeConfig(**values)
 
 
 def measured_row(

@@ -232,7 +232,7 @@ class Trial:
         """One for each set, all with this config and one output."""
         g = self.geometry
         work = make_work(plan, g.num_q_heads, g.num_kv_heads, g.head_dim, config)
-        plan.works[g.num_q_heads, g.num_kv_heads, g.head_dim, g.q_dtype, g.cache_dtype] = work
+        plan.works[g.num_q_heads, g.num_kv_heads, g.head_dim, g.q_dtype, g.cache_dtype, "triton"] = work
         out = torch.empty_like(inputs.q[0])
 
         def call(i: int):

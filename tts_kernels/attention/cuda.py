@@ -1,0 +1,208 @@
+"""The cuda backend: CUDA C++ kernels in csrc/cuda, on NVIDIA GPUs since sm_80.
+
+A call of any op is one launch on the current stream. Nothing synchronises, and nothing is allocated but results: the
+work list, the partial states and the counters of tree_attention belong to the plan (work.py), and are made by the first
+call with a geometry. A row's result depends, bit for bit, on its own path alone.
+
+`native` is the compiled module. Tests put the module of tests/emulation in its place, which runs the same kernels on
+CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from tts_kernels import nvidia
+from tts_kernels.configs import TreeConfig, cuda_tree_config
+from tts_kernels.nvidia import place
+from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, ROWS_END, TreePlan
+
+from .counts import WorkCounts
+from .device_work import make_device_work
+from .work import Work, key_of, made_for, most_chunks, num_chunks, refuse_capture, tiles, work_lists, work_of_lists
+
+try:
+    from tts_kernels import _C as native
+except ImportError:
+    native = None
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
+HALVES = (torch.float16, torch.bfloat16)
+FP8 = torch.float8_e4m3fn
+DIMS = (64, 96, 128, 192, 256)  # that kernels are made for: csrc/cuda/head_dim
+TILE_ROWS = (16, 64, 128)  # packed rows of an item's tile: narrow, wide, tall
+ALIGNMENT = 16  # bytes that a thread copies at a time
+
+
+def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
+    reasons = nvidia.reasons_of(native, "cuda_tree_attention", *tensors)
+    if op == "tree_attention" and tensors:
+        reasons = reasons + attention_reasons(*tensors)
+    return reasons
+
+
+def attention_reasons(q: Tensor, *caches: Tensor) -> list[str]:
+    reasons = []
+    head_dim = q.shape[-1]
+    if q.dtype not in HALVES:
+        reasons.append(f"q is {q.dtype}: its kernels multiply float16 and bfloat16")
+    if head_dim > DIMS[-1]:
+        reasons.append(f"head_dim {head_dim} is larger than {DIMS[-1]}")
+    if not caches:
+        if head_dim % 8:
+            reasons.append(f"head_dim {head_dim} is not a multiple of 8")
+        return reasons
+    item = caches[0].element_size()
+    if head_dim * item % ALIGNMENT:
+        reasons.append(f"head_dim {head_dim} of {caches[0].dtype} is not a multiple of {ALIGNMENT} bytes")
+    for name, cache in zip(("k_cache", "v_cache"), caches):
+        strides = cache.stride()[:-1]
+        if cache.data_ptr() % ALIGNMENT or any(s * item % ALIGNMENT for s, n in zip(strides, cache.shape) if n > 1):
+            reasons.append(f"the rows of {name} do not lie at multiples of {ALIGNMENT} bytes")
+    return reasons
+
+
+def prepare(plan: TreePlan, q: Tensor, k_cache: Tensor) -> Work:
+    """The work list of the plan for this geometry."""
+    refuse_capture(q)
+    num_q_heads, head_dim = q.shape[1:]
+    return make_device_work(plan, num_q_heads, k_cache.shape[2], head_dim, config_of(q, k_cache), native)
+
+
+def config_of(q: Tensor, k_cache: Tensor) -> TreeConfig:
+    name, shared_bytes = device_kind(q.device)
+    head_dim, fp8 = q.shape[2], k_cache.dtype == FP8
+    return cuda_tree_config(
+        name, head_dim, k_cache.shape[2], k_cache.element_size(), q.shape[1],
+        lambda stages: native.cuda_tree_attention_shared_bytes(head_dim, stages, fp8) <= shared_bytes,
+    )  # fmt: skip
+
+
+@functools.cache
+def device_kind(device: torch.device) -> tuple[str, int]:
+    """Its name, and the shared memory that a block of threads can have."""
+    if device.type == "cpu":
+        return "emulation", 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.shared_memory_per_block_optin
+
+
+def tree_attention(
+    out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
+    scale, softcap, window, sinks, k_scale, v_scale, work,
+):  # fmt: skip
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, num_nodes = k_cache.shape[2], nodes.shape[1]
+    config = made_for(work, "cuda")
+    if config is None:
+        config, *work = work_without_plan(nodes, q, k_cache)
+    table, scratch, *_ = work
+    num_items = (table.numel() - num_nodes - num_rows - 1) // 4
+    num_states = (scratch.numel() - num_rows * num_q_heads) // (num_q_heads * (head_dim + 2))
+    native.cuda_tree_attention(
+        place(q.device),
+        strided(out),
+        address(lse),
+        strided(q),
+        strided(k_cache),
+        strided(v_cache),
+        (nodes.data_ptr(), pages.data_ptr(), rows.data_ptr()),
+        (num_rows, num_q_heads, num_kv_heads, head_dim, num_nodes, page_size),
+        address(sinks),
+        address(k_scale),
+        address(v_scale),
+        window,
+        causal,
+        scale,
+        softcap,
+        DTYPES[q.dtype],
+        DTYPES[k_cache.dtype],
+        (table.data_ptr(), num_items, scratch.data_ptr(), num_states),
+        (config.wide_rows, config.min_chunk, config.max_chunks, config.num_stages),
+    )
+
+
+def work_without_plan(nodes: Tensor, q: Tensor, k_cache: Tensor) -> tuple:
+    """For a call that came without the plan's work list: a compiled function that was traced before the plan had one.
+    Reads the nodes back from the device."""
+    refuse_capture(q)
+    warnings.warn(
+        "a compiled tree_attention without a work list makes one in every call and waits for the device: call "
+        "tree_attention once outside of torch.compile for each plan",
+        stacklevel=2,
+    )
+    config = config_of(q, k_cache)
+    heads = q.shape[1], k_cache.shape[2]
+    lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, heads[0] // heads[1], config)
+    work = work_of_lists(lists, *heads, q.shape[2], config, q.device, num_counters=q.shape[0] * q.shape[1])
+    return config, work.table, work.scratch
+
+
+def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]]) -> WorkCounts:
+    """By the rules of the work list (work.py) at the lengths in `nodes`, with the config of the list that the plan has,
+    if it has one. A row with one state writes none: its result is written at once."""
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    kept = plan.works.get(key_of(q, k_cache, "cuda"))
+    config = kept.config if kept else config_of(q, k_cache)
+    group = num_q_heads // num_kv_heads
+    items = kv_loads = states = products = 0
+    parents, above = nodes[0], []
+    for node, (length, begin, own_end, end) in enumerate(
+        zip(*(nodes[i] for i in (LENGTH, OWN_BEGIN, OWN_END, ROWS_END)))
+    ):
+        chunks = num_chunks(length, most_chunks(own_end - begin, group, config), config)
+        above.append(chunks + (above[parents[node]] if parents[node] >= 0 else 0))
+        of_chunk = tiles((end - begin) * group, config)
+        items += len(of_chunk) * chunks
+        kv_loads += len(of_chunk) * length
+        if above[node] > 1:
+            states += above[node] * (own_end - begin) * group
+        # Chunks are whole blocks, but for the last of a node.
+        products += sum(TILE_ROWS[tile] for _, tile in of_chunk) * -(-length // config.wide_tokens) * config.wide_tokens
+    dim = next(dim for dim in DIMS if dim >= head_dim)
+    sizes = "/".join(str(rows) for rows in (config.tall_rows, config.wide_rows, config.narrow_rows) if rows)
+    return WorkCounts(
+        config=f"tiles of {sizes} rows x {config.wide_tokens} tokens, head_dim {dim}, chunks of {config.min_chunk} at "
+        f"least, at most {config.max_chunks}, {config.num_stages} stages, {config.source}",
+        work_items=items * num_kv_heads,
+        launches=1 if num_rows else 0,
+        kv_loads=kv_loads * num_kv_heads,
+        states=states * num_kv_heads,
+        flops=4 * dim * products * num_kv_heads,
+    )
+
+
+def append_kv(k, v, k_cache, v_cache, slots):
+    num_rows, num_kv_heads, head_dim = k.shape
+    none = (0, 0, 0)
+    native.cuda_append_kv(
+        place(k.device), strided(k), strided(v), strided(k_cache), strided(v_cache), slots.data_ptr(),
+        (num_rows, num_kv_heads, k_cache.shape[1], head_dim, k_cache.element_size()),
+        (DTYPES[k.dtype], DTYPES[k_cache.dtype]), none, 0, 0, True, none, none, 0,
+    )  # fmt: skip
+
+
+def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    num_states, num_rows, num_heads, head_dim = out.shape
+    out = out if out.stride(-1) == 1 else out.contiguous()
+    merged_out = out.new_empty(num_rows, num_heads, head_dim)
+    merged_lse = lse.new_empty(num_rows, num_heads)
+    native.cuda_merge_states(
+        place(out.device), merged_out.data_ptr(), merged_lse.data_ptr(), strided(out),
+        (lse.data_ptr(), *lse.stride()), (num_states, num_rows, num_heads, head_dim), DTYPES[out.dtype],
+    )  # fmt: skip
+    return merged_out, merged_lse
+
+
+def strided(x: Tensor) -> tuple[int, ...]:
+    """Address and strides, in elements, of all dimensions but the last, which is dense."""
+    return (x.data_ptr(), *x.stride()[:-1])
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
