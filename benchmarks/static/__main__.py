@@ -19,10 +19,11 @@ from types import ModuleType
 
 import triton
 
-from . import limits
+from . import cuda, limits
 from .archs import ARCHS
 from .compiling import Figures, Job, compile_all
 
+CASES = "benchmarks.static.cases"
 CACHE = Path(__file__).resolve().parents[2] / "build" / "static"
 
 
@@ -58,6 +59,12 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(record(jobs, results), indent=1) + "\n")
     broken = violations(jobs, results, limits.read(arguments.limits), everything)
+    if everything and arguments.cases == CASES:
+        why_not = cuda.missing()
+        if why_not:
+            print(f"csrc/cuda is not looked at: {why_not}")
+        else:
+            broken += cuda.check(arguments.update_limits)
     sys.stdout.flush()  # the table before what is wrong with it
     for text in broken:
         print(f"error: {text}", file=sys.stderr)
@@ -77,9 +84,7 @@ def parse() -> argparse.Namespace:
         "--cache", type=Path, default=CACHE, metavar="DIR", help="figures of kernels that have not changed"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument(
-        "--cases", default="benchmarks.static.cases", metavar="MODULE", help="or a file; has cases(arch)"
-    )
+    parser.add_argument("--cases", default=CASES, metavar="MODULE", help="or a file; has cases(arch)")
     parser.add_argument("--limits", type=Path, default=limits.PATH, metavar="FILE")
     return parser.parse_args()
 
