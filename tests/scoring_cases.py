@@ -65,9 +65,10 @@ PATHS = (
 )
 
 
-def available() -> list:
+def available(*, without: str = "") -> list:
     marks = {"cuda": [pytest.mark.gpu]}
-    return [pytest.param(path, marks=marks.get(path.device, [])) for path in PATHS if path.missing() is None]
+    paths = [path for path in PATHS if path.backend != without and path.missing() is None]
+    return [pytest.param(path, marks=marks.get(path.device, [])) for path in paths]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from scoring_cases import Case
 
 from tts_kernels.scoring import aggregate, unsupported_reasons
+from tts_kernels.scoring.api import BACKENDS
 
 FIELDS = ("margin", "prob", *cases.STATS, "count")
 
@@ -104,7 +105,9 @@ def test_compiled():
     torch.testing.assert_close(compiled(margin, offsets), wanted)
 
 
-def test_a_backend_that_is_not_there():
-    assert unsupported_reasons("aggregate", "cuda") == ["this version of tts_kernels has no cuda backend for scoring"]
+def test_a_backend_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(BACKENDS.load("cuda"), "native", None)
+    reason = "the native module has no CUDA kernels: it was not built"
+    assert unsupported_reasons("aggregate", "cuda") == [reason]
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run aggregate"):
         aggregate(torch.zeros(3), offsets=torch.tensor([0, 3]), backend="cuda")

@@ -24,6 +24,13 @@ def make(num_rows, dim, vocabulary, dtypes=(FP32, FP32), bias=True, seed=0):
     return hidden, weight, targets, torch.randn(vocabulary, generator=gen).to(dtypes[1]) if bias else None
 
 
+@pytest.fixture(params=cases.available(without="cuda"), ids=str)
+def path(request, monkeypatch):
+    """Those that have the op."""
+    request.param.select(monkeypatch)
+    return request.param
+
+
 def run(path, hidden, weight, targets, bias):
     hidden, weight, targets, bias = (None if x is None else x.to(path.device) for x in (hidden, weight, targets, bias))
     return token_logprobs(hidden, weight, targets, bias=bias, backend=path.backend).cpu()

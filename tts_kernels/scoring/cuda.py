@@ -92,7 +92,7 @@ def launched(
     choice: tuple | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     device, num_candidates = offsets.device, offsets.shape[0] - 1
-    margin, prob = torch.empty(2, num_rows, dtype=F32, device=device).unbind(0)
+    margin, prob = (torch.empty(num_rows, dtype=F32, device=device) for _ in range(2))
     stats = torch.empty(len(REDUCES), num_candidates, dtype=F32, device=device)
     count = torch.empty(num_candidates, dtype=torch.int32, device=device)
     results, chosen = (margin, prob, stats, count), NO_CHOICE
