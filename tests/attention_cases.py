@@ -155,7 +155,21 @@ def on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
-def make_inputs(case: Case, forest: Forest | None = None) -> Inputs:
+def fitting(case: Case, path: Path) -> Case:
+    """The nearest case that the path's backend takes: `cuda` has 16-bit q, and copies 16 bytes at a time."""
+    if path.backend != "cuda":
+        return case
+    q, kv = (path.takes(dtype) for dtype in case.dtypes)
+    if case.dtypes[0] == FP32 and case.seed % 2:
+        q, kv = BF16, kv if kv == FP8 else BF16
+    whole = 16 if kv == FP8 else 8
+    return replace(case, dtypes=(q, kv), head_dim=-(-case.head_dim // whole) * whole)
+
+
+def make_inputs(case: Case, forest: Forest | None = None, path: Path | None = None) -> Inputs:
+    """With a path: of the nearest case that it takes."""
+    if path is not None:
+        case = fitting(case, path)
     rng = random.Random(case.seed)
     if forest is None:
         forest = random_forest(rng, kind=case.kind, page_size=case.page_size)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import zlib
 from dataclasses import dataclass
 
+import emulated
 import pytest
 import torch
 
@@ -15,6 +18,8 @@ ISAS = ("portable", "avx2", "avx512", "amx", "amx-emulated")
 
 @dataclass(frozen=True)
 class Path:
+    """A backend on a device, or a code path of it. "cuda" on the CPU: its kernels in emulation."""
+
     backend: str
     device: str = "cpu"
     isa: str | None = None
@@ -23,18 +28,40 @@ class Path:
         return f"{self.backend}-{self.isa or self.device}"
 
     @property
+    def emulated(self) -> bool:
+        return self.backend == "cuda" and self.device == "cpu"
+
+    @property
     def interpreted(self) -> bool:
         """Slow: a tenth of a millisecond for each operation on a block."""
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def slow(self) -> bool:
+        return self.interpreted or self.emulated
+
+    def takes(self, dtype: torch.dtype) -> torch.dtype:
+        """What stands for this dtype of q and the caches: the kernels of `cuda` multiply 16-bit numbers."""
+        return torch.float16 if self.backend == "cuda" and dtype == torch.float32 else dtype
+
     def select(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if self.isa is not None:
             monkeypatch.setenv("TTS_KERNELS_CPU_ISA", self.isa)
+        if self.emulated:
+            native = emulated.native()
+            monkeypatch.setattr(importlib.import_module("tts_kernels.attention.cuda"), "native", native)
+            if "TTS_EMULATION_SEED" not in os.environ:  # each test has an order of its own, and keeps it
+                native.cuda_emulation_seed(1 + zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode()))
 
     def missing(self) -> str | None:
         """Why this path cannot run here."""
+        if self.emulated:
+            return emulated.missing()
         if self.device == "cuda":
-            return None if torch.cuda.is_available() else "no CUDA device"
+            if not torch.cuda.is_available():
+                return "no CUDA device"
+            q = torch.empty(0, 1, 16, dtype=torch.float16, device="cuda")
+            return "; ".join(attention.unsupported_reasons("tree_attention", self.backend, q)) or None
         if self.isa is None:
             q = torch.empty(0, 1, 16)
             return "; ".join(attention.unsupported_reasons("tree_attention", self.backend, q)) or None
@@ -48,8 +75,10 @@ ALL = (
     Path("reference"),
     *(Path("cpu", isa=isa) for isa in ISAS),
     Path("triton"),
+    Path("cuda"),
     Path("reference", device="cuda"),
     Path("triton", device="cuda"),
+    Path("cuda", device="cuda"),
 )
 
 
@@ -64,3 +93,8 @@ def cpu_paths() -> list:
     if paths:
         return [pytest.param(path, id=str(path)) for path in paths]
     return [pytest.param(None, id="cpu", marks=pytest.mark.skip(reason=ALL[1].missing()))]
+
+
+def invariant() -> list:
+    """Those whose bits do not depend on which other samples there are: `cpu_paths`, and `cuda`."""
+    return [*cpu_paths(), *(param for param in available() if param.values[0].backend == "cuda")]

@@ -32,6 +32,6 @@ def checks() -> ModuleType:
     return build.load(build.build(sources=["tests/emulation/checks.cu"], name="checks", sanitize=SANITIZED))
 
 
-def edited(edits: dict[str, list[tuple[str, str]]]) -> ModuleType:
-    """`native()` of sources with planted errors."""
-    return build.load(build.build(edits, sanitize=SANITIZED))
+def edited(edits: dict[str, list[tuple[str, str]]], sources: list[str]) -> ModuleType:
+    """`native()` of some of its sources, with planted errors."""
+    return build.load(build.build(edits, sources=sources, sanitize=SANITIZED))

@@ -71,6 +71,7 @@ def check(q, k_cache, v_cache, table, lens, out, lse, *, window=-1):
 @pytest.mark.parametrize("window", [-1, 0, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_against_each_sequence_alone(path, dtype, window):
+    dtype = path.takes(dtype)
     q = torch.randn(len(TABLE), HEADS, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
     k_cache, v_cache = filled_caches(dtype)
     caches = [cases.on_device(cache, path.device) for cache in (k_cache, v_cache)]
@@ -82,8 +83,9 @@ def test_against_each_sequence_alone(path, dtype, window):
 
 
 def test_a_ready_plan_gives_the_same(path):
-    q = torch.randn(len(TABLE), HEADS, DIM, generator=torch.Generator().manual_seed(1)).to(path.device)
-    caches = [cases.on_device(cache, path.device) for cache in filled_caches(torch.float32)]
+    dtype = path.takes(torch.float32)
+    q = torch.randn(len(TABLE), HEADS, DIM, generator=torch.Generator().manual_seed(1)).to(path.device, dtype)
+    caches = [cases.on_device(cache, path.device) for cache in filled_caches(dtype)]
     table, lens = block_table(path.device)
     plan = TreePlan.from_block_table(table, lens, page_size=PAGE)
     found = decode_attention(q, *caches, table, lens, backend=path.backend)
@@ -96,11 +98,11 @@ def test_growth(path):
     """One plan for eight steps: append, advance, attend; across page borders and from a full page on."""
     table = [[9, 4, 7, 0, 1], [9, 4, 2, 8, 15], [9, 4, 3, 14, 10]]
     lens = [12, 9, 11]
-    gen = torch.Generator().manual_seed(3)
-    k_cache, v_cache = empty_caches(NUM_PAGES, PAGE, KV_HEADS, DIM, torch.float32, "NHD", path.device)
+    gen, dtype = torch.Generator().manual_seed(3), path.takes(torch.float32)
+    k_cache, v_cache = empty_caches(NUM_PAGES, PAGE, KV_HEADS, DIM, dtype, "NHD", path.device)
     for pages, length in zip(table, lens):
         slots = torch.tensor([pages[i // PAGE] * PAGE + i % PAGE for i in range(length)], device=path.device)
-        k, v = torch.randn(2, length, KV_HEADS, DIM, generator=gen).to(path.device)
+        k, v = torch.randn(2, length, KV_HEADS, DIM, generator=gen).to(path.device, dtype)
         append_kv(k, v, k_cache, v_cache, slots, backend=path.backend, check=True)
     plan = TreePlan.from_block_table(
         torch.tensor(table, dtype=torch.int32, device=path.device),
@@ -113,11 +115,11 @@ def test_growth(path):
             slots = torch.tensor(
                 [pages[n // PAGE] * PAGE + n % PAGE for pages, n in zip(table, lens)], device=path.device
             )
-            k, v = torch.randn(2, 3, KV_HEADS, DIM, generator=gen).to(path.device)
+            k, v = torch.randn(2, 3, KV_HEADS, DIM, generator=gen).to(path.device, dtype)
             append_kv(k, v, k_cache, v_cache, slots, backend=path.backend)
             lens = [n + 1 for n in lens]
             plan.advance_()
-        q = torch.randn(3, HEADS, DIM, generator=gen)
+        q = torch.randn(3, HEADS, DIM, generator=gen).to(dtype)
         for window in (-1, 6):
             out, lse = decode_attention(
                 q.to(path.device), k_cache, v_cache, None, None, plan=plan, scale=0.3, window=window, return_lse=True,
@@ -130,7 +132,7 @@ def test_growth_of_a_tree(path):
     """Leaves of from_nodes that own several rows: the rows move on with the end of the leaf."""
     case = Case(heads=(4, 2), head_dim=32, window=20, page_size=4)
     forest = Forest([-1, 0, 0, -1], [13, 6, 3, 4], [0, 3, 1, 2], case.page_size).place(random.Random(4))
-    inputs = cases.make_inputs(case, forest)
+    inputs = cases.make_inputs(case, forest, path)
     shorter = TreePlan.from_nodes(
         forest.parent, [13, 4, 1, 2], forest.pages, forest.rows, page_size=case.page_size, device=path.device
     )

@@ -1,5 +1,5 @@
 """What must not change a row's result: how its path is cut into nodes, in which order siblings stand, empty nodes (up
-to rounding), and which other samples there are (bit for bit, on the `cpu` backend)."""
+to rounding), and which other samples there are (bit for bit, on the `cpu` and `cuda` backends)."""
 
 import random
 from dataclasses import replace
@@ -55,14 +55,14 @@ def rearranged(inputs: cases.Inputs, order: list[int]) -> tuple[cases.Inputs, li
 # A node of a long prefix; at its ends, which leaves an empty node; a leaf just before its rows; a root.
 @pytest.mark.parametrize("node, at", [(0, 37), (0, 0), (0, 90), (1, 31), (3, 16), (6, 1)])
 def test_splitting_a_node(path, case, node, at):
-    inputs = cases.make_inputs(case, small_forest(case))
+    inputs = cases.make_inputs(case, small_forest(case), path)
     out, lse = cases.run(replace(inputs, forest=split(inputs.forest, node, at)), path)
     cases.assert_right(inputs, out, lse)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_empty_nodes_everywhere(path, case):
-    inputs = cases.make_inputs(case, small_forest(case))
+    inputs = cases.make_inputs(case, small_forest(case), path)
     forest = inputs.forest
     for node in reversed(range(forest.num_nodes)):
         forest = split(forest, node, 0)
@@ -76,7 +76,7 @@ def test_empty_nodes_everywhere(path, case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("order", [[0, 5, 2, 1, 4, 3, 6, 7], [6, 7, 0, 1, 3, 4, 2, 5], [6, 0, 2, 7, 5, 1, 4, 3]])
 def test_permuting_siblings(path, case, order):
-    inputs = cases.make_inputs(case, small_forest(case))
+    inputs = cases.make_inputs(case, small_forest(case), path)
     moved, rows = rearranged(inputs, order)
     out, lse = cases.run(moved, path)
     cases.assert_right(inputs, out[torch.tensor(rows).argsort()], lse[torch.tensor(rows).argsort()])
@@ -102,11 +102,11 @@ def crowd(case: Case) -> Forest:
     return Forest(parent, length, rows, case.page_size).place(random.Random(0))
 
 
-@pytest.mark.parametrize("path", paths.cpu_paths())
+@pytest.mark.parametrize("path", paths.invariant())
 @pytest.mark.parametrize("case", SIBLING_CASES, ids=str)
 def test_siblings_change_nothing_bit_for_bit(path, case, monkeypatch):
     path.select(monkeypatch)
-    inputs = cases.make_inputs(case, crowd(case))
+    inputs = cases.make_inputs(case, crowd(case), path)
     torch.set_num_threads(2)
     out, lse = cases.run(inputs, path)
     rng = random.Random(case.seed)
@@ -122,11 +122,11 @@ def test_siblings_change_nothing_bit_for_bit(path, case, monkeypatch):
             assert torch.equal(few_lse, lse[rows]), f"lse differs with {count} leaves, {threads} threads"
 
 
-@pytest.mark.parametrize("path", paths.cpu_paths())
+@pytest.mark.parametrize("path", paths.invariant())
 @pytest.mark.parametrize("layout", ["NHD", "HND", "joint"])
 def test_where_pages_lie_changes_nothing_bit_for_bit(path, layout, monkeypatch):
     path.select(monkeypatch)
-    inputs = cases.make_inputs(Case(dtypes=(BF16, BF16)), small_forest(Case()))
+    inputs = cases.make_inputs(Case(dtypes=(BF16, BF16)), small_forest(Case()), path)
     out, lse = cases.run(inputs, path)
     moved = replace(inputs.forest, page_size=7).place(random.Random(8))
     got_out, got_lse = cases.run(replace(inputs, forest=moved, case=replace(inputs.case, layout=layout)), path)

@@ -30,12 +30,13 @@ def inputs():
 
 
 def test_opcheck_tree_attention(path, inputs):
+    inputs = cases.make_inputs(inputs.case, inputs.forest, path)
     plan = inputs.forest.plan(device=path.device)
     q = inputs.q.to(path.device)
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2], device=path.device)
     sinks, scales = torch.ones(4, device=path.device), torch.ones(2, device=path.device)
     caches = inputs.caches(path.device)
-    work = work_of(plan, q, caches[0], path.backend)
+    work = work_of(plan, q, *caches, path.backend)
     if work[1] is not None:
         work[1].zero_()
     for maybe_lse, sink, scale in ((lse, None, None), (None, sinks, scales)):

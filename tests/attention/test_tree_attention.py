@@ -17,7 +17,7 @@ from tts_kernels.tree.plan import TreePlan
 
 @pytest.mark.parametrize("case", cases.covering_cases(), ids=str)
 def test_against_dense(path, case):
-    cases.check(cases.cached_inputs(case), path)
+    cases.check(cases.cached_inputs(cases.fitting(case, path)), path)
 
 
 # Longer than the chunks into which kernels cut nodes, and more rows than their tiles hold; lengths that end one token
@@ -27,7 +27,7 @@ def test_against_dense(path, case):
 )
 @pytest.mark.parametrize("window", [-1, 700])
 def test_long_nodes(path, dtypes, window):
-    cases.check(long_inputs(dtypes, window), path)
+    cases.check(long_inputs(tuple(path.takes(dtype) for dtype in dtypes), window), path)
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def long_inputs(dtypes, window):
 def test_many_rows_below_one_node(path):
     case = Case(dtypes=(BF16, BF16), heads=(28, 4), head_dim=128)
     forest = star(80, prefix=131, suffix=[1, 5, 17], page_size=case.page_size)
-    cases.check(cases.make_inputs(case, forest), path)
+    cases.check(cases.make_inputs(case, forest, path), path)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -55,8 +55,8 @@ def test_rows_that_see_nothing(path, sinks, causal):
     table = torch.full((4, 2), 2_147_480_000, dtype=torch.int32)
     table[0, :1], table[2, :2] = torch.tensor([3]), torch.tensor([3, 1])
     gen = torch.Generator().manual_seed(0)
-    q = torch.randn(4, 4, 32, generator=gen).to(path.device)
-    k_cache, v_cache = torch.randn(2, 4, 8, 2, 32, generator=gen).to(path.device)
+    q = torch.randn(4, 4, 32, generator=gen).to(path.device, path.takes(FP32))
+    k_cache, v_cache = torch.randn(2, 4, 8, 2, 32, generator=gen).to(path.device, path.takes(FP32))
     sink = torch.randn(4, generator=gen).to(path.device) if sinks else None
     plan = TreePlan.from_block_table(table.to(path.device), lens.to(path.device), page_size=8, causal=causal)
     out, lse = attention.tree_attention(q, k_cache, v_cache, plan, sinks=sink, return_lse=True, backend=path.backend)
@@ -68,18 +68,18 @@ def test_rows_that_see_nothing(path, sinks, causal):
 def test_no_rows(path):
     case = Case()
     forest = Forest([-1], [5], [0], case.page_size).place(random.Random(0))
-    out, lse = cases.run(cases.make_inputs(case, forest), path)
+    out, lse = cases.run(cases.make_inputs(case, forest, path), path)
     assert out.shape == (0, 8, 64) and lse.shape == (0, 8)
 
 
 def test_large_scores(path):
     """exp of the raw scores would overflow in fp32: about +-500."""
     case = Case(head_dim=128, scale=40.0, sinks=True)
-    cases.check(cases.make_inputs(case), path)
+    cases.check(cases.make_inputs(case, path=path), path)
 
 
 def test_sink_beyond_all_scores(path):
-    inputs = cases.make_inputs(Case(sinks=True))
+    inputs = cases.make_inputs(Case(sinks=True), path=path)
     inputs.options["sinks"] = torch.tensor([300.0, -300.0, -torch.inf, 0.0] * 2)
     cases.check(inputs, path)
 
@@ -92,7 +92,7 @@ def test_sinks_and_scales_of_other_dtypes(path):
 
 
 def test_without_lse(path):
-    inputs = cases.make_inputs(Case())
+    inputs = cases.make_inputs(Case(), path=path)
     k_cache, v_cache = inputs.caches(path.device)
     plan = inputs.forest.plan(device=path.device)
     out = attention.tree_attention(inputs.q.to(path.device), k_cache, v_cache, plan, backend=path.backend)
@@ -105,12 +105,12 @@ def test_rows_in_the_callers_order(path):
     forest = Forest([-1, -1, 0, 1, 0, 1], [9, 4, 3, 2, 7, 6], [1, 0, 2, 1, 3, 2], case.page_size).place(
         random.Random(2)
     )
-    cases.check(cases.make_inputs(case, forest), path)
+    cases.check(cases.make_inputs(case, forest, path), path)
 
 
 @pytest.mark.parametrize("context", ["inference_mode", "autocast"])
 def test_contexts(path, context):
-    inputs = cases.make_inputs(Case())
+    inputs = cases.make_inputs(Case(), path=path)
     manager = torch.inference_mode() if context == "inference_mode" else torch.autocast(path.device, dtype=BF16)
     with manager:
         out, lse = cases.run(inputs, path)
@@ -120,21 +120,21 @@ def test_contexts(path, context):
 def test_fuzz(path):
     """Beyond pairs: any combination, on forests of any shape. Shrinks to the simplest values that fail."""
 
-    @settings(max_examples=12 if path.interpreted else 40, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=12 if path.slow else 40, deadline=None, derandomize=True, database=None)
     @given(
         case=st.builds(
             Case, **{name: st.sampled_from(values) for name, values in FACTORS.items()}, seed=st.integers(0, 999)
         )
     )
     def any_case(case):
-        cases.check(cases.make_inputs(case), path)
+        cases.check(cases.make_inputs(case, path=path), path)
 
     any_case()
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])
 def test_nan_keys_of_any_payload_show(path, bits):
-    inputs = cases.make_inputs(Case(), star(2, prefix=40, suffix=[3], page_size=16))
+    inputs = cases.make_inputs(Case(), star(2, prefix=40, suffix=[3], page_size=16), path)
     inputs.k[5] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
     out, lse = cases.run(inputs, path)
     assert out.isnan().all() and lse.isnan().all()
@@ -151,7 +151,7 @@ def test_scores_far_apart(path, gap):
 
 
 def test_finite_sink_of_any_size(path):
-    inputs = cases.make_inputs(Case(sinks=True))
+    inputs = cases.make_inputs(Case(sinks=True), path=path)
     inputs.options["sinks"] = torch.full((8,), 3e38)
     out, _ = cases.run(inputs, path)
     assert torch.equal(out, torch.zeros_like(out))

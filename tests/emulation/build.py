@@ -71,7 +71,10 @@ def build(
     sources: Sequence[str] = SOURCES,
     name: str = "_C",
 ) -> Path:
-    """The module's path. edits: for a file, (what stands there, what it becomes), each to be found exactly once."""
+    """The module's path. edits: for a file, (what stands there, what it becomes), each to be found exactly once.
+
+    sources     glob patterns; of those left out, functions are missing where they are called
+    """
     folder = BUILD / ("sanitized" if sanitize else "plain")
     with _locked(folder):
         objects = _compile(ROOT, folder, sources, sanitize)
@@ -99,8 +102,13 @@ def load(module: Path) -> ModuleType:
     """The module at this path, beside any other of its name."""
     # pybind11 keeps modules by their full name and would hand out the first of this name again.
     spec = spec_from_file_location(f"{module.parent.name}.{module.stem}", module)
-    loaded = module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        loaded = module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    finally:
+        sys.setdlopenflags(flags)
     return loaded
 
 
@@ -142,7 +150,8 @@ def _compile(root: Path, folder: Path, sources: Sequence[str], sanitize: bool) -
 
 def _link(objects: Sequence[Path], module: Path, sanitize: bool) -> Path:
     said = module.with_suffix(".link")
-    command = [*compiler(), "-shared", *(SANITIZERS if sanitize else []), *map(str, sorted(objects))]
+    # Lazy: functions of sources that were left out are missed where they are called.
+    command = [*compiler(), "-shared", "-Wl,-z,lazy", *(SANITIZERS if sanitize else []), *map(str, sorted(objects))]
     newest = max(made.stat().st_mtime_ns for made in objects)
     current = said.exists() and said.read_text() == shlex.join(command) and module.exists()
     if not current or module.stat().st_mtime_ns < newest:
