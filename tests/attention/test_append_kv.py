@@ -73,7 +73,9 @@ def turned(x, angles, is_neox):
     "heads, head_dim, rotary_dim", [((1, 1), 3, 2), ((3, 5), 42, 26), ((2, 4), 128, 128), ((2, 2), 128, 64)], ids=str
 )
 @pytest.mark.parametrize(
-    "dtypes", [(FP32, FP32, FP32), (FP16, FP16, FP32), (BF16, BF16, BF16), (BF16, FP8, FP32), (FP32, FP8, FP16)], ids=str
+    "dtypes",
+    [(FP32, FP32, FP32), (FP16, FP16, FP32), (BF16, BF16, BF16), (BF16, FP8, FP32), (FP32, FP8, FP16)],
+    ids=str,
 )
 def test_rope(path, dtypes, heads, head_dim, rotary_dim, with_q, is_neox):
     """Keys and queries are turned in fp32, product by product, and rounded once; values are not turned. A row that is
@@ -117,7 +119,9 @@ def test_rope_of_extremes(path):
     zero = torch.zeros(1, dtype=torch.int64, device=path.device)
     append_kv(k, k, k_cache, v_cache, zero, cos_sin_cache=cos_sin, positions=zero.int(), backend=path.backend)
     expected = torch.tensor([0.0, 448.0, torch.nan, 448.0, 400.0, 448.0, torch.nan, -448.0])
-    torch.testing.assert_close(k_cache.float().flatten().cpu(), expected.to(FP8).float(), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        k_cache.float().flatten().cpu(), expected.to(FP8).float(), equal_nan=True, rtol=0, atol=0
+    )
 
 
 ROPE = {"cos_sin_cache": torch.ones(9, 4), "positions": torch.zeros(2, dtype=torch.int64)}
@@ -154,7 +158,7 @@ def test_bad_rope(argument, error, changes, came):
 
 def test_fp8_keys_are_not_turned():
     k = torch.ones(2, 1, 4).to(FP8)
-    with pytest.raises(TypeError, match="^k: expected .*float8"):
+    with pytest.raises(TypeError, match=r"^k: expected .*float8"):
         append_kv(k, k, *empty_caches(1, 4, 1, 4, FP8, "NHD"), torch.tensor([0, 1]), **ROPE)
 
 

@@ -16,6 +16,7 @@ from tts_kernels.dispatch import Backends, register
 from tts_kernels.tree.plan import TreePlan
 
 from . import checks, tables, work
+from .rope import Rope
 
 BACKENDS = Backends(
     "attention",
@@ -164,19 +165,34 @@ def append_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
+    cos_sin_cache: Tensor | None = None,
+    positions: Tensor | None = None,
+    is_neox: bool = True,
+    q: Tensor | None = None,
     backend: str | None = None,
     check: bool = False,
-) -> None:
-    """Write new keys and values into the cache, in place.
+) -> Tensor | None:
+    """Write new keys and values into the cache, in place; with `cos_sin_cache`, keys turned by their positions (RoPE).
 
     Args:
         k, v: [R, Hkv, D], dtype of the caches; also float32, float16 or bfloat16 where the caches are
             torch.float8_e4m3fn: rounded as they are (divide by k_scale and v_scale before), beyond +-448 to +-448.
         k_cache, v_cache: [num_pages, page_size, Hkv, D].
         slots: int64 [R], page * page_size + offset for each row; -1 skips the row. No slot stands twice.
+        cos_sin_cache: [max_position, rotary_dim], float32, float16 or bfloat16, in the layout of vLLM and FlashInfer:
+            cosines of the rotary_dim / 2 angles of a position, then their sines. The first rotary_dim dimensions of k
+            are turned in fp32 and rounded once, to the cache's dtype; the others are stored as they are.
+        positions: int64 or int32 [R], rows of cos_sin_cache. With q every row's is read, else those of rows that are
+            written.
+        is_neox: dimension i is turned with i + rotary_dim / 2; if False, 2 i with 2 i + 1.
+        q: [R, Hq, D], dtype of k: the rows' queries, to be turned too. They are left as they are.
         backend: as in `tree_attention`.
-        check: raise if a slot is neither -1 nor in [0, num_pages * page_size), at the cost of a pass and a
-            synchronisation. Without it such a slot is undefined behaviour.
+        check: raise if a slot is neither -1 nor in [0, num_pages * page_size), or a position that is read is not in
+            [0, max_position), at the cost of a pass and a synchronisation. Without it such numbers are undefined
+            behaviour.
+
+    Returns:
+        None; with q, the turned queries, [R, Hq, D] in q's dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `tree_attention`.
@@ -190,7 +206,13 @@ def append_kv(
     if v.dtype != k.dtype:
         checks.fail("v", f"dtype {k.dtype} like k", v.dtype, TypeError)
     checks.check_slots(slots, k.shape[0], k.device)
-    torch.ops.tts_kernels.append_kv.default(k, v, k_cache, v_cache, slots.contiguous(), BACKENDS.check(backend), check)
+    positions = checks.check_rope(k, cos_sin_cache, positions, is_neox, q)
+    q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    torch.ops.tts_kernels.append_kv.default(
+        k, v, k_cache, v_cache, slots.contiguous(), BACKENDS.check(backend), check,
+        cos_sin_cache, positions, is_neox, q, q_out,
+    )  # fmt: skip
+    return q_out
 
 
 def merge_states(out: Tensor, lse: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -260,12 +282,18 @@ def _tree_attention(
         )  # fmt: skip
 
 
-def _append_kv(k, v, k_cache, v_cache, slots, backend, check):
+def _append_kv(
+    k, v, k_cache, v_cache, slots, backend, check,
+    cos_sin_cache=None, positions=None, is_neox=True, q=None, q_out=None,
+):  # fmt: skip
+    rope = None if cos_sin_cache is None else Rope(cos_sin_cache, positions, is_neox, q, q_out)
     if check:
         checks.check_slot_range(slots, k_cache.shape[0] * k_cache.shape[1])
+        if rope is not None:
+            checks.check_positions(positions, slots, cos_sin_cache.shape[0], q is not None)
     module = BACKENDS.pick("append_kv", backend, k, v, k_cache, v_cache, slots)
     if k.shape[0]:
-        module.append_kv(k, v, k_cache, v_cache, slots)
+        module.append_kv(k, v, k_cache, v_cache, slots, rope)
 
 
 def _merge_states(out, lse, backend):
@@ -286,7 +314,8 @@ register(
 )
 register(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
-    "str backend, bool check) -> ()",
+    "str backend, bool check, Tensor? cos_sin_cache=None, Tensor? positions=None, bool is_neox=True, Tensor? q=None, "
+    "Tensor(c!)? q_out=None) -> ()",
     _append_kv,
     lambda *arguments: None,
 )

@@ -141,6 +141,41 @@ def check_slots(slots: Tensor, num_rows: int, device: torch.device) -> None:
         fail("slots", f"a tensor on {device}", f"one on {slots.device}")
 
 
+def check_rope(
+    k: Tensor, cos_sin: Tensor | None, positions: Tensor | None, is_neox: bool, q: Tensor | None
+) -> Tensor | None:
+    """`positions` as contiguous int64."""
+    if cos_sin is None:
+        for name, given in (("positions", positions), ("q", q)):
+            if given is not None:
+                fail(name, "None without cos_sin_cache", type(given).__name__, TypeError)
+        return None
+    check_tensor("cos_sin_cache", cos_sin, "[max_position, rotary_dim]", k.device)
+    if cos_sin.dtype not in FLOATS:
+        fail("cos_sin_cache", "dtype float32, float16 or bfloat16", cos_sin.dtype, TypeError)
+    if not 2 <= cos_sin.shape[1] <= k.shape[2] or cos_sin.shape[1] % 2:
+        fail("cos_sin_cache", f"an even rotary_dim in [2, {k.shape[2]}]", f"shape {tuple(cos_sin.shape)}")
+    if k.dtype not in FLOATS:
+        fail("k", "dtype float32, float16 or bfloat16 with cos_sin_cache", k.dtype, TypeError)
+    if not isinstance(is_neox, bool):
+        fail("is_neox", "a bool", type(is_neox).__name__, TypeError)
+    if q is not None:
+        check_tensor("q", q, "[R, Hq, D]", k.device)
+        if q.dtype != k.dtype:
+            fail("q", f"dtype {k.dtype} like k", q.dtype, TypeError)
+        if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+            fail("q", f"shape [{k.shape[0]}, Hq, {k.shape[2]}] for the rows of k", f"shape {tuple(q.shape)}")
+    if not isinstance(positions, Tensor):
+        fail("positions", "a tensor [R] beside cos_sin_cache", type(positions).__name__, TypeError)
+    if positions.dtype not in (torch.int64, torch.int32):
+        fail("positions", "dtype int64 or int32", positions.dtype, TypeError)
+    if tuple(positions.shape) != (k.shape[0],):
+        fail("positions", f"shape [{k.shape[0]}], one for each row of k", f"shape {tuple(positions.shape)}")
+    if positions.device != k.device:
+        fail("positions", f"a tensor on {k.device}", f"one on {positions.device}")
+    return positions.to(torch.int64).contiguous()
+
+
 def check_states(out: Tensor, lse: Tensor) -> None:
     check_tensor("out", out, "[S, R, H, D]")
     check_tensor("lse", lse, "[S, R, H]", out.device)
@@ -188,3 +223,12 @@ def check_slot_range(slots: Tensor, num_slots: int) -> None:
     if wrong.any():
         i = int(wrong.nonzero()[0])
         fail("slots", f"-1 or a slot in [0, {num_slots})", f"{int(slots[i])} for row {i}")
+
+
+def check_positions(positions: Tensor, slots: Tensor, max_position: int, every_row: bool) -> None:
+    wrong = (positions < 0) | (positions >= max_position)
+    if not every_row:
+        wrong &= slots >= 0
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        fail("positions", f"rows of cos_sin_cache, in [0, {max_position})", f"{int(positions[i])} for row {i}")

@@ -14,6 +14,7 @@ from tts_kernels.tree.plan import TreePlan
 
 from .cast import to_cache_dtype
 from .counts import WorkCounts
+from .rope import rotate_queries, rotated
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 MAX_HEAD_DIM = 256
@@ -104,7 +105,12 @@ def up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def append_kv(k, v, k_cache, v_cache, slots):
+def append_kv(k, v, k_cache, v_cache, slots, rope=None):
+    """Rows are few: torch turns and rounds them, and one thread copies."""
+    if rope is not None:
+        # Of rows that are skipped the positions may be anything.
+        k = rotated(k, rope, torch.where(slots >= 0, rope.positions, 0))
+        rotate_queries(rope)
     k, v = to_cache_dtype(k, k_cache.dtype), to_cache_dtype(v, v_cache.dtype)
     element = k_cache.element_size()
     shape = (k.shape[0], k.shape[1], k_cache.shape[1], k.shape[2] * element, element)

@@ -177,13 +177,19 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
     )
 
 
-def append_kv(k, v, k_cache, v_cache, slots):
+def append_kv(k, v, k_cache, v_cache, slots, rope=None):
     num_rows, num_kv_heads, head_dim = k.shape
     none = (0, 0, 0)
+    turned = none, 0, 0, True, none, none, 0
+    if rope is not None:
+        cos_sin = rope.cos_sin.data_ptr(), rope.cos_sin.stride(0), DTYPES[rope.cos_sin.dtype]
+        turned = cos_sin, rope.positions.data_ptr(), rope.cos_sin.shape[1], rope.is_neox, none, none, 0
+        if rope.q is not None and rope.q.numel():
+            turned = *turned[:4], strided(rope.q), strided(rope.q_out), rope.q.shape[1]
     native.cuda_append_kv(
         place(k.device), strided(k), strided(v), strided(k_cache), strided(v_cache), slots.data_ptr(),
         (num_rows, num_kv_heads, k_cache.shape[1], head_dim, k_cache.element_size()),
-        (DTYPES[k.dtype], DTYPES[k_cache.dtype]), none, 0, 0, True, none, none, 0,
+        (DTYPES[k.dtype], DTYPES[k_cache.dtype]), *turned,
     )  # fmt: skip
 
 

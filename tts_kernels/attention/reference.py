@@ -11,6 +11,7 @@ from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PAGE_BEGIN, POSITI
 
 from .cast import to_cache_dtype
 from .counts import WorkCounts
+from .rope import Rope, rotate_queries, rotated
 
 # Scores held at a time, so that a long prompt with many rows of its own does not ask for the square of its length.
 MAX_SCORES = 1 << 24
@@ -142,12 +143,16 @@ class OnlineSoftmax:
         return self.largest + torch.log(self.total)
 
 
-def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, rope: Rope | None = None) -> None:
     page_size = k_cache.shape[1]
     kept = slots >= 0
     page, offset = slots[kept] // page_size, slots[kept] % page_size
+    k, v = k[kept], v[kept]
+    if rope is not None:
+        k = rotated(k, rope, rope.positions[kept])
+        rotate_queries(rope)
     for new, cache in ((k, k_cache), (v, v_cache)):
-        cache[page, offset] = to_cache_dtype(new[kept], cache.dtype)
+        cache[page, offset] = to_cache_dtype(new, cache.dtype)
 
 
 def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

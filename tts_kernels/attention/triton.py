@@ -39,6 +39,7 @@ INTERPRETED = not isinstance(triton_tree.tree_tiles, triton.JITFunction)
 FP8 = torch.float8_e4m3fn
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+BITS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", FP8: "fp8"}
 MAX_HEAD_DIM = 256
 MERGE_STATES = 4 if INTERPRETED else 16  # states that a merging program holds at a time
 
@@ -174,19 +175,31 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
     )
 
 
-def append_kv(k, v, k_cache, v_cache, slots):
+def append_kv(k, v, k_cache, v_cache, slots, rope=None):
     num_rows, num_kv_heads, head_dim = k.shape
-    to_fp8 = k_cache.dtype == FP8 and k.dtype != FP8
+    v_to = "fp8" if k_cache.dtype == FP8 and k.dtype != FP8 else ""
+    k_to, q_to = v_to if rope is None else BITS[k_cache.dtype], BITS[k.dtype]
+    cos_sin, positions, neox, q, q_out = (None, None, True, None, None) if rope is None else rope
+    num_q_heads = 0 if q is None else q.shape[1]
+    if not num_q_heads:
+        q = q_out = None
+    page_size = k_cache.shape[1]
     k_cache, v_cache = as_integers(k_cache), as_integers(v_cache)
-    if not to_fp8:
-        k, v = as_integers(k), as_integers(v)
+    k, v = k if k_to else as_integers(k), v if v_to else as_integers(v)
     heads, dim = triton.next_power_of_2(num_kv_heads), triton.next_power_of_2(head_dim)
+    q_heads = triton.next_power_of_2(max(num_q_heads, 1))
     with on(k.device):
         triton_states.append_kv[(num_rows,)](
             k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1),
             k_cache, *k_cache.stride()[:3], v_cache, *v_cache.stride()[:3], slots,
-            NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=k_cache.shape[1], TO_FP8=to_fp8,
-            BLOCK_HEADS=heads, BLOCK_DIM=dim, num_warps=warps_for(heads * dim * k.element_size()),
+            cos_sin, 0 if cos_sin is None else cos_sin.stride(0), positions,
+            q, *((0, 0) if q is None else q.stride()[:2]),
+            None if q is None else as_integers(q_out), *((0, 0) if q is None else q_out.stride()[:2]),
+            NUM_KV_HEADS=num_kv_heads, NUM_Q_HEADS=num_q_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
+            K_TO=k_to, V_TO=v_to, Q_TO=q_to, ROTARY_DIM=0 if cos_sin is None else cos_sin.shape[1], NEOX=neox,
+            BLOCK_HEADS=heads, BLOCK_Q_HEADS=q_heads, BLOCK_DIM=dim,
+            num_warps=warps_for(max(heads, num_q_heads and q_heads) * dim * k.element_size()),
+            enable_fp_fusion=False,  # RoPE's products and sums are rounded one by one
         )  # fmt: skip
 
 

@@ -25,29 +25,77 @@ def to_e4m3_bits(x):
 
 
 @triton.jit
+def to_bf16_bits(x):
+    """fp32 to the bits of bfloat16, rounded to nearest even, NaN kept: Triton's interpreter rounds otherwise."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int16)
+
+
+@triton.jit
+def to_bits(x, TO: tl.constexpr):
+    """fp32 as integers of the size of TO."""
+    if TO == "fp8":
+        return to_e4m3_bits(x)
+    if TO == "bf16":
+        return to_bf16_bits(x)
+    if TO == "fp16":
+        return x.to(tl.float16).to(tl.int16, bitcast=True)
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def turned(x, heads, dim, mask, angles, ROTARY_DIM: tl.constexpr, NEOX: tl.constexpr):
+    """x [heads, dim] in fp32, read from `heads` [heads, 1] + dim: RoPE of its first ROTARY_DIM dimensions. Angles are
+    those of the row's position, cosines, then sines."""
+    half: tl.constexpr = ROTARY_DIM // 2
+    if NEOX:
+        lower = dim < half
+        partner = tl.where(lower, dim + half, dim - half)
+        angle = tl.where(lower, dim, dim - half)
+    else:
+        lower = dim % 2 == 0
+        partner = dim ^ 1
+        angle = dim // 2
+    inside = dim < ROTARY_DIM
+    other = tl.load(heads + partner, mask=mask & inside, other=0.0).to(tl.float32)
+    cosine = tl.load(angles + angle, mask=inside, other=1.0).to(tl.float32)
+    sine = tl.load(angles + half + angle, mask=inside, other=0.0).to(tl.float32)
+    across = other * sine
+    return tl.where(inside, tl.where(lower, x * cosine - across, x * cosine + across), x)
+
+
+@triton.jit
 def append_rows(
-    new,  # [R, Hkv, HEAD_DIM]: of the cache's dtype, as integers of its size; or fp32, fp16, bf16 with TO_FP8
+    new,  # [R, H, HEAD_DIM]: of the cache's dtype, as integers of its size; where TO is not "", fp32, fp16 or bf16
     new_row,
     new_head,
-    cache,  # [num_pages, PAGE_SIZE, Hkv, HEAD_DIM], as integers
+    cache,  # [num_pages, PAGE_SIZE, H, HEAD_DIM], as integers
     cache_page,
     cache_slot,
     cache_head,
+    angles,  # of the row's position; read where ROTARY_DIM is not 0
     row,
     slot,
-    NUM_KV_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    TO_FP8: tl.constexpr,
+    TO: tl.constexpr,  # the cache's dtype, where it is not copied
+    ROTARY_DIM: tl.constexpr,
+    NEOX: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     head = tl.arange(0, BLOCK_HEADS)[:, None].to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)[None, :]
-    mask = (head < NUM_KV_HEADS) & (dim < HEAD_DIM)
-    x = tl.load(new + row.to(tl.int64) * new_row + head * new_head + dim, mask=mask)
-    if TO_FP8:
-        x = to_e4m3_bits(x.to(tl.float32))
+    mask = (head < NUM_HEADS) & (dim < HEAD_DIM)
+    heads = new + row.to(tl.int64) * new_row + head * new_head
+    x = tl.load(heads + dim, mask=mask)
+    if TO != "":
+        x = x.to(tl.float32)
+        if ROTARY_DIM > 0:
+            x = turned(x, heads, dim, mask, angles, ROTARY_DIM, NEOX)
+        x = to_bits(x, TO)
     place = cache + (slot // PAGE_SIZE) * cache_page + (slot % PAGE_SIZE) * cache_slot
     tl.store(place + head * cache_head + dim, x, mask=mask)
 
@@ -69,24 +117,48 @@ def append_kv(
     v_cache_slot,
     v_cache_head,
     slots,  # [R] int64, -1 skips
+    cos_sin,  # [max_position, ROTARY_DIM], or None
+    cos_sin_row,
+    positions,  # [R] int64, or None
+    q,  # [R, NUM_Q_HEADS, HEAD_DIM], or None
+    q_row,
+    q_head,
+    q_out,  # like q, as integers
+    q_out_row,
+    q_out_head,
     NUM_KV_HEADS: tl.constexpr,
+    NUM_Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    TO_FP8: tl.constexpr,
+    K_TO: tl.constexpr,
+    V_TO: tl.constexpr,
+    Q_TO: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    NEOX: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    BLOCK_Q_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """A program owns a row: all its heads, K and V."""
+    """A program owns a row: all its heads, K, V and Q."""
     row = tl.program_id(0)
     slot = tl.load(slots + row)
+    angles = cos_sin
+    if ROTARY_DIM > 0:
+        read = (slot >= 0) | (NUM_Q_HEADS > 0)
+        angles += tl.load(positions + row, mask=read, other=0) * cos_sin_row
     if slot >= 0:
         append_rows(
-            k, k_row, k_head, k_cache, k_cache_page, k_cache_slot, k_cache_head, row, slot,
-            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, TO_FP8, BLOCK_HEADS, BLOCK_DIM,
+            k, k_row, k_head, k_cache, k_cache_page, k_cache_slot, k_cache_head, angles, row, slot,
+            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, K_TO, ROTARY_DIM, NEOX, BLOCK_HEADS, BLOCK_DIM,
         )  # fmt: skip
         append_rows(
-            v, v_row, v_head, v_cache, v_cache_page, v_cache_slot, v_cache_head, row, slot,
-            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, TO_FP8, BLOCK_HEADS, BLOCK_DIM,
+            v, v_row, v_head, v_cache, v_cache_page, v_cache_slot, v_cache_head, angles, row, slot,
+            NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, V_TO, 0, NEOX, BLOCK_HEADS, BLOCK_DIM,
+        )  # fmt: skip
+    if NUM_Q_HEADS > 0:
+        append_rows(
+            q, q_row, q_head, q_out, q_out_row, 0, q_out_head, angles, row, row.to(tl.int64),
+            NUM_Q_HEADS, HEAD_DIM, 1, Q_TO, ROTARY_DIM, NEOX, BLOCK_Q_HEADS, BLOCK_DIM,
         )  # fmt: skip
 
 
