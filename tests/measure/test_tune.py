@@ -1,9 +1,11 @@
 """`tts-kernels tune` under the interpreter, whose times mean nothing: the table, what is skipped, what reads it."""
 
 import argparse
+import importlib
 import json
 from types import SimpleNamespace
 
+import emulated
 import pytest
 import torch
 
@@ -54,6 +56,26 @@ def test_a_table_is_written_and_read(tmp_path, capsys, monkeypatch):
     # Other heads are another geometry: nothing was measured for them.
     assert tree_config("interpreter", "interpreter", 16, 1, 4, 4, 4).source == "interpreter"
     assert configs.measured_row("tree_attention", "interpreter", 4, 1, 16, 4, 4) is None
+
+
+def test_the_cuda_kernels_are_searched_where_they_run(tmp_path, monkeypatch):
+    """In emulation: their row has a config of their own, which is read, and a time beside triton's."""
+    if emulated.missing():
+        pytest.skip(emulated.missing())
+    cuda = importlib.import_module("tts_kernels.attention.cuda")
+    monkeypatch.setattr(cuda, "native", emulated.native())
+    monkeypatch.setattr(cuda, "device_kind", lambda device: ("interpreter", 227 << 10))
+    half = Geometry.parse("2/1 d16 fp16")
+    assert tune.main(argparse.Namespace(geometry=[half], out=tmp_path, small=True, jobs=1)) == 0
+    (row,) = json.loads(next(tmp_path.iterdir()).read_text())["rows"]
+    assert set(row["cuda"]) == {"min_chunk", "max_chunks", "num_stages"} and row["cuda"]["num_stages"] in (2, 3, 4)
+    assert set(row["cuda_seconds"]) == set(tune.SMALL.trees) and set(row["backends"]) >= {"cuda", "triton", "cpu"}
+    assert row["backend"] == min(row["backends"], key=row["backends"].get)
+    monkeypatch.setenv("TTS_KERNELS_CONFIGS", str(tmp_path))
+    q, cache = tune.sample(half, torch.device("cpu"))
+    config = cuda.config_of(q, cache)
+    assert row["cuda"].items() <= vars(config).items()
+    assert config.source == "tree_attention,device_name=interpreter.json, 2/1 heads"
 
 
 def test_a_wrong_config_is_never_timed(tmp_path, monkeypatch, capsys):

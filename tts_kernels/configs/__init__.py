@@ -1,13 +1,15 @@
-"""Frozen configs of the Triton kernels: looked up by op, device and geometry, else made by a rule.
+"""Frozen configs of the GPU kernels: looked up by op, device and geometry, else made by a rule.
 
     tree_attention.json                       tile shapes by architecture: what compiles well, not measured
     tree_attention,device_name=NAME.json      what `tts-kernels tune` measured on that device, a row for each geometry;
                                               in this folder, or in the one that TTS_KERNELS_CONFIGS names
 
-A row decides three things for its device and geometry: the tile and split sizes (`config`), what backend=None takes
-(`backend`), and how many tokens a shared run of a block table has to save reading before it is cut off
-(`least_saving`). Where no row was measured: the architecture's entry, else `rule`; the order of the backends in
-attention/api.py; and 0, all whole pages are shared, since a shared node costs these kernels no launch, only states.
+A row decides three things for its device and geometry: the tile and split sizes (`config` of the Triton kernels, `cuda`
+of the CUDA ones), what backend=None takes (`backend`), and how many tokens a shared run of a block table has to save
+reading before it is cut off (`least_saving`). Where no row was measured: the architecture's entry, else `rule` and
+`cuda_tree_config`; the order of the backends in attention/api.py, in which cuda stands before triton, since its merge
+takes no launch of its own and its results do not depend on siblings; and 0, all whole pages are shared, since a shared
+node costs these kernels no launch, only states.
 """
 
 from __future__ import annotations

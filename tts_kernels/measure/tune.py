@@ -1,5 +1,6 @@
 """`tts-kernels tune`: the fastest config of tree_attention for each geometry on this device, searched among explicit
-ones, beside the other backends and beside not sharing; written to a table that tts_kernels/configs reads."""
+ones for each backend that has some, which backend is the fastest, and from where on sharing pays; written to a table
+that tts_kernels/configs reads."""
 
 from __future__ import annotations
 
@@ -13,15 +14,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import triton
 
 from tts_kernels import configs
 from tts_kernels._version import __version__
-from tts_kernels.attention import api
+from tts_kernels.attention import api, work
 from tts_kernels.attention import triton as backend
-from tts_kernels.attention.work import make_work
+from tts_kernels.attention.device_work import make_device_work
 from tts_kernels.ceilings import best_time
 from tts_kernels.configs import TreeConfig
 from tts_kernels.tree.plan import TreePlan
@@ -39,12 +41,15 @@ class Search:
 
     trees   the config is the best over all of them: wide and narrow tiles, few chunks and many, bound by memory and by
             arithmetic
-    rounds  values of some fields: all combinations, the other fields as in the best of the round before
+    rounds  of the triton kernels: values of some fields: all combinations, the other fields as in the best of the
+            round before
+    cuda_rounds  the same of the cuda kernels, whose tiles are what they were compiled for
     sharing (n, prefix) pairs, each once shared and once not: from how many saved tokens on sharing pays
     """
 
     trees: dict[str, Tree]
     rounds: tuple[dict[str, tuple[int, ...]], ...]
+    cuda_rounds: tuple[dict[str, tuple[int, ...]], ...]
     sharing: tuple[tuple[int, int], ...]
     suffix: int  # of the sharing pairs
     samples: int
@@ -63,6 +68,7 @@ FULL = Search(
         {"narrow_tokens": (32, 64, 128), "num_stages": (2, 3, 4)},
         {"min_chunk": (128, 256, 512, 1024), "max_chunks": (8, 16, 32, 64)},
     ),
+    ({"min_chunk": (128, 256, 512, 1024), "max_chunks": (8, 16, 32, 64)}, {"num_stages": (2, 3, 4)}),
     tuple((n, prefix) for n in (2, 4, 8) for prefix in (128, 256, 512, 1024)),
     256,
     9,
@@ -70,6 +76,7 @@ FULL = Search(
 SMALL = Search(
     {"N=2 P=64 S=8": star(2, 64, 8)},
     ({"narrow_tokens": (16, 32)}, {"min_chunk": (64, 128)}),
+    ({"num_stages": (2, 3)},),
     ((2, 32),),
     8,
     2,
@@ -118,12 +125,17 @@ def main(args: argparse.Namespace) -> int:
 
 def tune(geometry: Geometry, search: Search, device: torch.device, jobs: int | None) -> tuple[dict, list[str]]:
     """The geometry's row of the table, and the configs whose result was wrong."""
-    before = present_config(geometry, device)
-    trial = Trial(geometry, search, device, jobs or 1)
-    best = before
-    for fields in search.rounds:
-        best = trial.best([best, before, *variants(best, fields)])
-    backends = trial.backends(best)
+    trial = Trial("triton", geometry, search, device, jobs or 1)
+    before, best = trial.find(search.rounds)
+    trials, configs_of = {"triton": trial}, {"triton": best}
+    cuda = Trial("cuda", geometry, search, device, jobs or 1)
+    if not cuda.missing():
+        trials["cuda"], configs_of["cuda"] = cuda, cuda.find(search.cuda_rounds)[1]
+    backends = trial.other_backends(trials)
+    for name, of in trials.items():
+        backends[name] = statistics.geometric_mean(of.seconds[configs_of[name]].values())
+    fastest = min(backends, key=backends.get)
+    deciding = fastest if fastest in trials else "triton"
     row = {
         "num_q_heads": geometry.num_q_heads,
         "num_kv_heads": geometry.num_kv_heads,
@@ -131,14 +143,14 @@ def tune(geometry: Geometry, search: Search, device: torch.device, jobs: int | N
         "q_bytes": geometry.q_dtype.itemsize,
         "kv_bytes": geometry.cache_dtype.itemsize,
         "config": {k: v for k, v in dataclasses.asdict(best).items() if k != "source"},
-        "backend": min(backends, key=backends.get),
-        "least_saving": trial.least_saving(best),
+        "backend": fastest,
+        "least_saving": trials[deciding].least_saving(configs_of[deciding]),
         "seconds": trial.seconds[best],
         "before": trial.seconds[before],
         "before_source": before.source,
         "backends": backends,
-        "searched": len(trial.seconds),
-        "skipped": trial.skipped,
+        "searched": sum(len(of.seconds) for of in trials.values()),
+        "skipped": {text: why for of in trials.values() for text, why in of.skipped.items()},
         "measured": {
             "date": time.strftime("%Y-%m-%d"),
             "tts_kernels": __version__,
@@ -146,13 +158,21 @@ def tune(geometry: Geometry, search: Search, device: torch.device, jobs: int | N
             "triton": triton.__version__,
         },
     }
-    return row, trial.wrong
+    if "cuda" in trials:
+        row["cuda"] = {name: getattr(configs_of["cuda"], name) for fields in FULL.cuda_rounds for name in fields}
+        row["cuda_seconds"] = cuda.seconds[configs_of["cuda"]]
+    return row, [text for of in trials.values() for text in of.wrong]
 
 
-def present_config(geometry: Geometry, device: torch.device) -> TreeConfig:
+def present_config(module: ModuleType, geometry: Geometry, device: torch.device) -> TreeConfig:
+    return module.config_of(*sample(geometry, device))
+
+
+def sample(geometry: Geometry, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and a cache."""
     q = torch.empty(1, geometry.num_q_heads, geometry.head_dim, dtype=geometry.q_dtype, device=device)
     cache = torch.empty(1, 16, geometry.num_kv_heads, geometry.head_dim, dtype=geometry.cache_dtype, device=device)
-    return backend.config_of(q, cache)
+    return q, cache
 
 
 def variants(config: TreeConfig, fields: dict[str, tuple[int, ...]]) -> list[TreeConfig]:
@@ -172,13 +192,25 @@ def replaced(config: TreeConfig, name: str, value: int) -> TreeConfig | None:
 
 
 class Trial:
-    """The measurements of one geometry. Every config is checked against the reference before it is timed."""
+    """The measurements of one geometry with one backend. Every config is checked against the reference before it is
+    timed."""
 
-    def __init__(self, geometry: Geometry, search: Search, device: torch.device, jobs: int) -> None:
-        self.geometry, self.search, self.device, self.jobs = geometry, search, device, jobs
+    def __init__(self, name: str, geometry: Geometry, search: Search, device: torch.device, jobs: int) -> None:
+        self.name, self.geometry, self.search, self.device, self.jobs = name, geometry, search, device, jobs
         self.seconds: dict[TreeConfig, dict[str, float]] = {}
         self.skipped: dict[str, str] = {}
         self.wrong: list[str] = []
+
+    def missing(self) -> list[str]:
+        q, cache = sample(self.geometry, self.device)
+        return api.BACKENDS.unsupported_reasons(OP, self.name, q, cache, cache)
+
+    def find(self, rounds: tuple[dict, ...]) -> tuple[TreeConfig, TreeConfig]:
+        """The config that is taken now, and the best."""
+        best = before = present_config(api.BACKENDS.load(self.name), self.geometry, self.device)
+        for fields in rounds:
+            best = self.best([best, before, *variants(best, fields)])
+        return before, best
 
     def best(self, candidates: Iterable[TreeConfig]) -> TreeConfig:
         """The least geometric mean of the times over all trees."""
@@ -193,7 +225,7 @@ class Trial:
 
     def compile(self, candidates: list[TreeConfig]) -> None:
         """Side by side, before the first launch; what fails here says why at its launch."""
-        if backend.INTERPRETED or not candidates:
+        if self.name != "triton" or backend.INTERPRETED or not candidates:
             return
         from .compiling import compile_ahead, geometry_launches, target_of
 
@@ -209,7 +241,7 @@ class Trial:
         )
         captured = {}
         for config in candidates:
-            text = describe(config)
+            text = f"{self.name} {describe(config)}"
             if name in self.seconds.get(config, ()) or text in self.skipped:
                 continue
             calls = self.calls(inputs, inputs.plan(), config)
@@ -231,27 +263,31 @@ class Trial:
     def calls(self, inputs: Inputs, plan: TreePlan, config: TreeConfig) -> list:
         """One for each set, all with this config and one output."""
         g = self.geometry
-        work = make_work(plan, g.num_q_heads, g.num_kv_heads, g.head_dim, config)
-        plan.works[g.num_q_heads, g.num_kv_heads, g.head_dim, g.q_dtype, g.cache_dtype, "triton"] = work
+        shape = g.num_q_heads, g.num_kv_heads, g.head_dim, config
+        if self.name == "cuda":
+            made = make_device_work(plan, *shape, api.BACKENDS.load("cuda").native)
+        else:
+            made = work.make_work(plan, *shape)
+        plan.works[work.key_of(inputs.q[0], inputs.k_cache[0], self.name)] = made
         out = torch.empty_like(inputs.q[0])
 
         def call(i: int):
             return lambda: api.tree_attention(
-                inputs.q[i], inputs.k_cache[i], inputs.v_cache[i], plan, out=out, backend="triton"
+                inputs.q[i], inputs.k_cache[i], inputs.v_cache[i], plan, out=out, backend=self.name
             )
 
         return [call(i) for i in range(inputs.num_sets)]
 
-    def backends(self, config: TreeConfig) -> dict[str, float]:
-        """Seconds of an eager call, the geometric mean over the trees, of every backend that can run it here."""
+    def other_backends(self, but: Iterable[str]) -> dict[str, float]:
+        """Seconds of an eager call, the geometric mean over the trees, of every other backend that can run it here.
+        Those that were searched were timed as graphs, as a decode loop runs: these have nothing to capture."""
         taken: dict[str, list[float]] = {}
         for tree in self.search.trees.values():
             inputs = Inputs(tree, self.geometry, self.device)
             plan = inputs.plan()
-            self.calls(inputs, plan, config)  # leaves the plan with this config
             tensors = inputs.q[0], inputs.k_cache[0], inputs.v_cache[0]
             for name in api.BACKENDS.modules:
-                if api.BACKENDS.unsupported_reasons(OP, name, *tensors):
+                if name in but or api.BACKENDS.unsupported_reasons(OP, name, *tensors):
                     continue
 
                 def attend(name=name, tensors=tensors, plan=plan):
