@@ -48,7 +48,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_select", &tts::cuda_select, py::call_guard<py::gil_scoped_release>());
 #endif
 #ifdef TTS_EMULATED
-  m.def("cuda_emulation_seed", &tts::cuda_emulation_seed, py::arg("seed"), py::arg("multiprocessors") = 3);
+  m.def("cuda_emulation_seed", &tts::cuda_emulation_seed, py::arg("seed"), py::arg("multiprocessors") = 3,
+        py::arg("most_turns") = 2'000'000'000);
 #endif
 #ifdef TTS_NO_CUDA
   m.attr("no_cuda") = TTS_NO_CUDA;  // why there are no cuda_ functions

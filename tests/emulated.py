@@ -29,7 +29,7 @@ def native() -> ModuleType:
 @functools.cache
 def checks() -> ModuleType:
     """The kernels of tests/emulation/checks.cu, which test the emulation."""
-    return build.load(build.build(sources=["tests/emulation/checks.cu"], name="checks", sanitize=SANITIZED))
+    return build.load(build.build(sanitize=SANITIZED, **build.CHECKS))
 
 
 def edited(edits: dict[str, list[tuple[str, str]]], sources: list[str]) -> ModuleType:

@@ -189,6 +189,7 @@ ERRORS = [
     r"the thread ends with copies under way",
     r"copy_async_16 \(checks.cu:\d+\): an address is not a multiple of 16",
     r"copy_async_16 \(checks.cu:\d+\): the target is not in the block's shared memory",
+    r"the launch goes on without end",
     r"block \d+ wrote outside of its shared memory",
 ]
 

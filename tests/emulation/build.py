@@ -1,6 +1,6 @@
 """Compiles CUDA sources with the host's C++ compiler against the emulation into a Python module.
 
-    python tests/emulation/build.py [--sanitize]      the module of csrc/bindings.cpp and csrc/cuda, in build/emulation
+    python tests/emulation/build.py [--sanitize]      the modules that tests take, in build/emulation
 
 `build` makes the module if anything that it is made of has changed, `load` imports it. With `edits`, a copy of the
 sources with some text replaced is built: for tests that show that a planted error is found.
@@ -28,6 +28,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation"
 SOURCES = ("csrc/bindings.cpp", "csrc/cuda/**/*.cu")
+CHECKS = {"sources": ("tests/emulation/checks.cu",), "name": "checks"}  # the module that tests the emulation
 
 # No contraction and no other liberties: nvcc gets --fmad=false. Kernels pun types through shared memory.
 FLAGS = [
@@ -188,5 +189,7 @@ def _run(command: list[str], root: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
-    began = time.monotonic()
-    print(build(sanitize=parser.parse_args().sanitize), f"{time.monotonic() - began:.1f} s")
+    sanitize = parser.parse_args().sanitize
+    for options in ({}, CHECKS):
+        began = time.monotonic()
+        print(build(sanitize=sanitize, **options), f"{time.monotonic() - began:.1f} s")

@@ -185,6 +185,7 @@ enum Error {
   kCopiesLeft,
   kMisalignedCopy,
   kCopyOutside,
+  kNoEnd,
   kRedZone
 };
 
@@ -225,6 +226,8 @@ __global__ void wrong(const __grid_constant__ Params p) {
     case kCopyOutside:
       copy_async_16(s + 1024, p.in, true);
       break;
+    case kNoEnd:
+      for (;;) sync_warp();
     case kRedZone:
       s[1024 + thread_index()] = 0;
       break;
@@ -247,7 +250,8 @@ T* at(int64_t address) {
 
 PYBIND11_MODULE(checks, m) {
   using namespace tts;
-  m.def("seed", &cuda_emulation_seed);
+  m.def("seed", &cuda_emulation_seed, pybind11::arg("seed"), pybind11::arg("multiprocessors") = 3,
+        pybind11::arg("most_turns") = 1'000'000);
   m.def("convert", [](int64_t wide, int64_t narrow, int64_t from_16, int64_t from_e4m3, int size) {
     run(convert, {at<float>(wide), at<uint16_t>(narrow), at<float>(from_16), at<uint16_t>(from_e4m3), size}, 1, 64, 0,
         "convert");

@@ -6,9 +6,10 @@
 namespace tts {
 
 inline bool cuda_is_emulated() { return true; }
-inline void cuda_emulation_seed(uint64_t seed, int multiprocessors) {
+inline void cuda_emulation_seed(uint64_t seed, int multiprocessors, uint64_t most_turns) {
   emulation::machine.seed(seed);
   emulation::machine.multiprocessors = multiprocessors;
+  emulation::machine.most_turns = most_turns;
 }
 
 inline int current_device() { return 0; }

@@ -129,6 +129,7 @@ class Machine {
   int64_t block_count = 0;
   bool shuffled = true;  // is anything left to chance?
   int multiprocessors = 3;
+  uint64_t most_turns = 2'000'000'000;  // of all threads in a launch: more is a loop without end. About a minute
 
   Machine() {
     const char* named = std::getenv("TTS_EMULATION_SEED");
@@ -145,7 +146,6 @@ class Machine {
   void yield() {
     Warp* warp = current->warp;
     set_ready(warp, warp->ready | bit(current));
-    if (++idle_turns_ > 50'000'000) fail("threads wait for something that does not happen");
     next();
   }
   void maybe_yield() {
@@ -197,7 +197,6 @@ class Machine {
 
   bool arrive(const Site& site, void* operand);
   void release(Warp* warp) {
-    idle_turns_ = 0;
     warp->arrived = 0;
     set_ready(warp, kAllLanes & ~bit(current));  // the current one just goes on
   }
@@ -212,7 +211,7 @@ class Machine {
   std::string where() const;
 
   std::mutex mutex_;
-  uint64_t seed_ = 1, launches_ = 0, random_ = 1, idle_turns_ = 0;
+  uint64_t seed_ = 1, launches_ = 0, random_ = 1, turns_ = 0;
   int stay_in_ = 0;  // a warp keeps its turn but once in this many
   Warp* last_ = nullptr;
   std::vector<Warp*> ready_;
@@ -278,6 +277,7 @@ inline Thread* Machine::pick() {
 
 // The current thread waits, or gives up its turn: on to another one.
 inline void Machine::next() {
+  if (++turns_ > most_turns) fail("the launch goes on without end");
   Thread* self = current;
   Thread* other = pick();
   if (other == self) return;
@@ -301,7 +301,6 @@ inline void Machine::thread_main() {
   if (self->warp->arrived != 0)
     m.fail("the thread ends while lanes " + list_lanes(self->warp->arrived) + " of its warp wait for it at " +
            describe(self->warp->at));
-  m.idle_turns_ = 0;
   self->warp->ended |= bit(self);
   if (--self->block->live == 0) {
     m.leaving_ = &self->fiber;
@@ -383,7 +382,7 @@ inline void Machine::run(const Grid& grid) {
   host_ = Fiber();  // launches may come from any thread of the host
   block_count = grid.blocks;
   failed_ = false;
-  idle_turns_ = 0;
+  turns_ = 0;
   last_ = nullptr;
   ready_.clear();
   sleeping_.clear();
