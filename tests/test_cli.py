@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,22 @@ def test_doctor_says_why_the_native_module_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(api.BACKENDS.loaded, "cpu", "the cpu backend is not built: no compiler")
     assert cli.main(["doctor"]) == 0
     assert "no: the cpu backend is not built: no compiler" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "native, told",
+    [
+        (SimpleNamespace(no_cuda="no nvcc was found"), "none: no nvcc was found"),
+        (SimpleNamespace(cuda_archs="80 90a"), "built for sm_80, sm_90a"),
+        (None, "none: the native module is not built"),
+    ],
+)
+def test_doctor_says_what_the_cuda_kernels_were_built_for(native, told, monkeypatch, capsys):
+    from tts_kernels.attention import cuda
+
+    monkeypatch.setattr(cuda, "native", native)
+    assert cli.main(["doctor"]) == 0
+    assert f"cuda kernels  {told}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, status", [(["--help"], 0), ([], 2), (["fly"], 2)])

@@ -23,6 +23,7 @@ def main() -> int:
     print(f"  cpu           {cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     print(f"  gpu           {', '.join(gpu_names()) or 'none that torch sees'}")
     print(f"  c++ compiler  {shutil.which(os.environ.get('CXX', 'c++')) or 'none'}")
+    print(f"  cuda kernels  {cuda_build()}")
     print("attention backends")
     for backend in BACKENDS.modules:
         reasons = [reason for op in BACKENDS.ops for reason in BACKENDS.unsupported_reasons(op, backend)]
@@ -35,6 +36,17 @@ def main() -> int:
         print("                (amx-emulated is for tests: slow, never picked by itself)")
         print(f"  in use        {active_code_path(module)}")
     return 0
+
+
+def cuda_build() -> str:
+    """What the native module's CUDA kernels were built for, whether or not there is a GPU here."""
+    module = BACKENDS.load("cuda")
+    if isinstance(module, str) or module.native is None:
+        return "none: the native module is not built"
+    archs = getattr(module.native, "cuda_archs", "").split()
+    if not archs:
+        return f"none: {getattr(module.native, 'no_cuda', 'not asked for')}"
+    return f"built for {', '.join(f'sm_{arch}' for arch in archs)}"
 
 
 def print_line(name: str, reasons) -> None:
