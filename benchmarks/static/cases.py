@@ -14,6 +14,7 @@ import torch
 
 from tts_kernels import configs
 from tts_kernels.attention import triton as backend
+from tts_kernels.attention.rope import Rope
 from tts_kernels.measure.compiling import as_device, meta, recorded_launches, tree_attention_launches
 from tts_kernels.scoring import triton as scoring
 from tts_kernels.tree import prefix_triton
@@ -124,6 +125,12 @@ def others() -> Iterator[StaticCase]:
             backend.append_kv(k, k, cache, cache, meta(63, dtype=torch.int64))
         (launch,) = launches
         yield StaticCase(f"append_kv bf16 to {'bf16' if dtype == BF16 else 'fp8'}", *launch)
+        q = meta(63, 28, 128, dtype=BF16)
+        rope = Rope(meta(4096, 128), meta(63, dtype=torch.int64), True, q, torch.empty_like(q))
+        with recorded_launches() as launches:
+            backend.append_kv(k, k, cache, cache, meta(63, dtype=torch.int64), rope)
+        (launch,) = launches
+        yield StaticCase(f"append_kv bf16 to {'bf16' if dtype == BF16 else 'fp8'}, rope", *launch)
     for dtype in (BF16, FP32):
         with recorded_launches() as launches:
             backend.merge_states(meta(3, 63, 28, 128, dtype=dtype), meta(3, 63, 28))

@@ -36,12 +36,14 @@ def to_bf16_bits(x):
 def to_bits(x, TO: tl.constexpr):
     """fp32 as integers of the size of TO."""
     if TO == "fp8":
-        return to_e4m3_bits(x)
-    if TO == "bf16":
-        return to_bf16_bits(x)
-    if TO == "fp16":
-        return x.to(tl.float16).to(tl.int16, bitcast=True)
-    return x.to(tl.int32, bitcast=True)
+        bits = to_e4m3_bits(x)
+    elif TO == "bf16":
+        bits = to_bf16_bits(x)
+    elif TO == "fp16":
+        bits = x.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+    return bits
 
 
 @triton.jit

@@ -148,9 +148,7 @@ def choices(scores: Tensor, group_offsets: Tensor | None, answers: Tensor | None
     return Choices(indices, selected, scratch, addresses, (num_candidates, num_groups, k, shared), METHODS[method])
 
 
-def hidden_layer(
-    hidden: Tensor, positions: Tensor, w1: Tensor, norm_weight: Tensor | None, norm_eps: float
-) -> Tensor:
+def hidden_layer(hidden: Tensor, positions: Tensor, w1: Tensor, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
     """w1 norm(x) in fp32, [blocks, parts, PRODUCT_ROWS, h], to be added up over the parts. Where x is no more than w1's
     bfloat16 can hold, it is the sum of three of its numbers (of fp16 x two), whose products are exact."""
     dim, num_blocks = hidden.shape[1], -(-positions.shape[0] // PRODUCT_ROWS)
