@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from tts_kernels.configs import TreeConfig
+from tts_kernels.nvidia import place
 from tts_kernels.tree.plan import TreePlan
 
 from .work import Work, most_work, work_size
@@ -50,10 +51,3 @@ def make_device_work(
     work = DeviceWork(config, table, scratch, num_items, num_states, group, native)
     work.refresh(plan)
     return work
-
-
-def place(device: torch.device) -> tuple[int, int]:
-    """Device and stream, as the native module takes them; of CPU tensors, for the emulated module, none."""
-    if device.type == "cpu":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
