@@ -151,7 +151,8 @@ def test_the_same_bits_every_time(backend):
     first = call.run(backend)
     for _ in range(50):
         for work in call.plan.works.values():
-            work.scratch.fill_(torch.nan)
+            heads, head_dim = call.q.shape[1:]
+            work.scratch[: work.num_states * heads * (head_dim + 2)].fill_(torch.nan)  # behind them lie counters
         again = call.run(backend)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
