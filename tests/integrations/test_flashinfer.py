@@ -492,12 +492,13 @@ def test_graph_mode_counts_the_pages_of_cut_segments_twice():
     check(cut, STEP, Path("reference"), wrapper)
 
 
-def test_graph_mode_writes_the_work_lists_anew():
+@pytest.mark.parametrize("path", [Path("triton"), Path("cuda")], ids=str)
+def test_graph_mode_writes_the_work_lists_anew(path, monkeypatch):
     """Chunks and tiles come and go with lengths and rows; a captured run reads one table of one size."""
-    path = Path("triton")
     if path.missing():
         pytest.skip(path.missing())
-    case = replace(STEP, window=-1)
+    path.select(monkeypatch)
+    case = replace(STEP, window=-1, dtype=path.takes(FP32))
     shapes = [
         ([[0, 3, 3, 6], [0, 1, 3, 6]], [[9, 5, 7], [3, 4, 6]]),
         ([[0, 1, 1, 6], [0, 0, 1, 6]], [[140, 0, 300], [9, 135, 7]]),
