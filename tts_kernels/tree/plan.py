@@ -34,7 +34,7 @@ PARENT, LENGTH, POSITION, PAGE_BEGIN, OWN_BEGIN, OWN_END, ROWS_END = range(7)  #
 @dataclass(eq=False)
 class TreePlan:
     """What a tree attention call needs to know about the tree. Build it with `from_nodes`, `from_block_table` or
-    `KVTree.plan`; read it; change it only with `advance_`.
+    `KVTree.plan`; read it; change it only with `advance_`. (One with room, of KVTree.plan, takes other trees too.)
 
     Nodes lie in depth-first preorder (roots and siblings in the order given), rows in the order of their nodes, so a
     node serves one range of rows, [OWN_BEGIN, ROWS_END). All tensors are int32, contiguous and on `device`:
@@ -73,7 +73,7 @@ class TreePlan:
     max_page: int  # largest page id, -1 where there is none
     host: tuple[torch.Tensor, torch.Tensor] = field(repr=False)  # nodes and grows as built; on the CPU those themselves
     advanced: int = 0  # tokens that advance_ has added to each growing node
-    most_tokens: int | None = None  # of plans that may be written into this one (FlashInfer's CUDA graph mode)
+    most_tokens: int | None = None  # of plans that may be written into this one (PlanWithRoom, FlashInfer's graph mode)
     works: dict = field(default_factory=dict, repr=False)  # what GPU backends have prepared, by geometry
 
     @property
