@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,7 +58,6 @@ TOOLCHAIN_PROBE = """
 #include <vector>
 int probe() { return std::vector<int>(omp_get_max_threads()).size() + PY_VERSION_HEX; }
 """
-
 
 PTXAS_INFO = re.compile(r"ptxas info|    \d+ bytes stack frame")
 
@@ -195,7 +195,9 @@ class Toolchain:
         if not _is_current(target, dependencies, said, command):
             target.parent.mkdir(parents=True, exist_ok=True)
             said.unlink(missing_ok=True)
+            began = time.time_ns()
             heard.write_text(_run(command, f"{compiler[0]} {shlex.join([str(source), *flags])}"))
+            os.utime(target, ns=(began, began))  # what changes while it compiles is newer
             said.write_text(shlex.join(command))
         return target
 
