@@ -62,7 +62,7 @@ def compare(native, monkeypatch) -> None:
     PATH.select(monkeypatch)
     monkeypatch.setattr("tts_kernels.attention.cuda.native", native)
     for seed in range(1, 5):
-        native.cuda_emulation_seed(seed, 2, 100_000_000)  # garbage makes loops without end
+        native.cuda_emulation_seed(seed, 2, 20_000_000)  # garbage makes loops without end
         cases.check(inputs(-1 if seed % 2 else 170), PATH)
 
 

@@ -33,6 +33,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kPoison = 0xff;  // every byte: NaN in fp32, fp16, bf16 and e4m3, -1 in integers
 constexpr size_t kRedZone = 1024;
 constexpr int64_t kMaxSharedBytes = 227 << 10;
+constexpr int kSleepsIn = 5000;    // turns
 constexpr int kMaxThreads = 2048;  // alive at a time: as many as there are stacks
 
 // Where a kernel called a function of device.cuh.
@@ -152,7 +153,7 @@ class Machine {
     if (chance(4)) yield();
   }
 
-  // Now and then the current thread loses its turn for long: as good as until nobody else can go on.
+  // Where it matters most, the current thread may fall asleep.
   void maybe_sleep() {
     if (!chance(3)) return;
     sleeping_.push_back(current);
@@ -212,7 +213,8 @@ class Machine {
 
   std::mutex mutex_;
   uint64_t seed_ = 1, launches_ = 0, random_ = 1, turns_ = 0;
-  int stay_in_ = 0;  // a warp keeps its turn but once in this many
+  uint32_t stay_in_ = 1;  // a warp keeps its turn but once in this many
+  uint32_t wake_in_ = 1;  // and a thread that sleeps goes on sleeping
   Warp* last_ = nullptr;
   std::vector<Warp*> ready_;
   std::vector<Thread*> sleeping_;
@@ -244,9 +246,10 @@ inline void Machine::set_ready(Warp* warp, uint32_t lanes) {
 }
 
 // One of the threads that can go on, null if there is none. By chance, but with runs of turns in one warp whose length
-// differs by launch, from even progress of all warps to one that is far ahead.
+// differs by launch, from even progress of all warps to one that is far ahead; and now and then one falls asleep, for
+// a time that differs by launch too, up to when nobody else can go on.
 inline Thread* Machine::pick() {
-  if (!sleeping_.empty() && (ready_.empty() || draw(1000) == 0)) {
+  while (!sleeping_.empty() && (ready_.empty() || draw(wake_in_) == 0)) {
     std::swap(sleeping_[draw(uint32_t(sleeping_.size()))], sleeping_.back());
     Thread* thread = sleeping_.back();
     sleeping_.pop_back();
@@ -256,8 +259,7 @@ inline Thread* Machine::pick() {
   Warp* warp = last_;
   int lane;
   if (shuffled) {
-    if (warp == nullptr || warp->place < 0 || draw(uint32_t(stay_in_)) == 0)
-      warp = ready_[draw(uint32_t(ready_.size()))];
+    if (warp == nullptr || warp->place < 0 || draw(stay_in_) == 0) warp = ready_[draw(uint32_t(ready_.size()))];
     const uint32_t turn = draw(kLanes);
     const uint32_t turned = turn == 0 ? warp->ready : warp->ready >> turn | warp->ready << (kLanes - turn);
     lane = int(uint32_t(__builtin_ctz(turned)) + turn) % kLanes;
@@ -272,7 +274,9 @@ inline Thread* Machine::pick() {
   }
   last_ = warp;
   set_ready(warp, warp->ready & ~(1u << lane));
-  return warp->threads + lane;
+  if (!chance(kSleepsIn) || ready_.empty()) return warp->threads + lane;
+  sleeping_.push_back(warp->threads + lane);
+  return pick();
 }
 
 // The current thread waits, or gives up its turn: on to another one.
@@ -374,8 +378,8 @@ inline void Machine::run(const Grid& grid) {
   random_ = (seed_ * 0x9e3779b97f4a7c15ull + launches_) * 0xbf58476d1ce4e5b9ull | 1;
   for (int i = 0; i < 8; ++i) draw(2);
   shuffled = seed_ != 0;
-  const int stays[] = {1, 4, 64, 1024};
-  stay_in_ = stays[draw(4)];
+  const uint32_t stays[] = {1, 4, 64, 1024}, wakes[] = {100, 10'000, 1'000'000};
+  stay_in_ = stays[draw(4)], wake_in_ = wakes[draw(3)];
   const int fit = std::max(1, kMaxThreads / grid.block_size);
   const int slots = int(std::min<int64_t>({grid.blocks, fit, shuffled ? 1 + draw(6) : 2}));
   grid_ = &grid;
