@@ -53,8 +53,8 @@ class Kernel:
         counts: Counter[int] = Counter()
         for name, count in self.instructions.items():
             if name.startswith("LDGSTS"):
-                width = re.search(r"\.(64|128)$", name)
-                counts[int(width[1]) // 8 if width else 4] += count
+                width = next((int(word) for word in name.split(".") if word in ("64", "128")), 32)  # bits
+                counts[width // 8] += count
         return dict(counts)
 
 
