@@ -152,6 +152,7 @@ struct Range {
 
 // Of `count` candidates, or groups, those that the block goes on with: they have rows in its tile and in no other, or
 // the block is the last one to count itself in. Only the first and the last that have rows here can reach beyond it.
+// The search begins with a barrier: what the block's threads wrote before stands behind the counters.
 template <typename FirstTile, typename LastTile>
 TTS_DEVICE Range finished(int64_t count, int64_t tile, FirstTile first_tile, LastTile last_tile, uint32_t* counters,
                           int32_t (&is_last)[2]) {
@@ -212,7 +213,6 @@ __global__ void __launch_bounds__(kThreads) step_scores(const __grid_constant__ 
     const int64_t begin = candidate_of(g), end = candidate_of(g + 1);
     return begin < end ? last_tile(end - 1) : first_tile(begin);
   };
-  sync_block();
   const Range groups =
       finished(choice.num_groups, tile, group_first, group_last, p.counters + num_candidates, s.is_last);
   for (int64_t g = groups.begin; g < groups.end; ++g) select_in_group(p.select, g, s.least, behind(&s));

@@ -257,15 +257,21 @@ def test_token_logprobs_is_not_there():
 
 KERNEL, VERDICT, SELECTION = "csrc/cuda/step_scores.cu", "csrc/cuda/verdict.cuh", "csrc/cuda/selection.cuh"
 
+# That behind it publishes as much here as that before it: the emulation finds one of the two enough.
+COUNTED = """      fence();
+      last = atomic_wrap(counters + i, uint32_t(tiles - 1)) == uint32_t(tiles - 1);
+      fence();
+"""
+
 # (what goes wrong, the file, what stands there, what it becomes)
 PLANTED = [
-    ("fence: none before the counter", KERNEL, "      fence();\n      last =", "      last ="),
+    ("fence: none around the counter", KERNEL, COUNTED, COUNTED.replace("fence();", "")),
     ("counter: one too few", KERNEL, "== uint32_t(tiles - 1);", "== uint32_t(tiles - 2);"),
     ("counter: it wraps too late", KERNEL, "counters + i, uint32_t(tiles - 1))", "counters + i, uint32_t(tiles))"),
     ("counter: that of the candidate before", KERNEL, "atomic_wrap(counters + i,", "atomic_wrap(counters + i / 2,"),
     ("barrier: none before warps' sums are read", KERNEL, "    sync_block();\n    const int r =", "    const int r ="),
     ("barrier: none after the last logits", KERNEL, "= logit;\n  }\n  sync_block();", "= logit;\n  }"),
-    ("barrier: none before the groups", KERNEL, "sync_block();\n  const Range groups", "const Range groups"),
+    ("barrier: none behind the counters", KERNEL, "  sync_block();\n  return {begin", "  return {begin"),
     ("index: the weights of the next column", KERNEL, "(column + c) * p.w2.row + d", "(column + c + 1) * p.w2.row + d"),
     ("index: rows one after the other, not gathered", KERNEL, "p.positions[first_row + r] * p", "(first_row + r) * p"),
     ("border: who has no steps is nobody's", KERNEL, "max(row_of(i), row_of(i + 1) - 1)", "(row_of(i + 1) - 1)"),

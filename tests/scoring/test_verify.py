@@ -78,7 +78,7 @@ def test_the_default_backend():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
 def test_nothing_synchronises(backend):
     inputs = cases.make_inputs(Case(hidden_layer=24)).to("cuda")
     answers = torch.tensor([1, 1, 2, 2], device="cuda")
