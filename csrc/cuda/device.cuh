@@ -38,6 +38,12 @@ TTS_DEVICE int block_count() { return int(gridDim.x); }
 TTS_DEVICE int block_size() { return int(blockDim.x); }
 TTS_DEVICE int lane_index() { return int(threadIdx.x) & 31; }
 TTS_DEVICE int warp_index() { return int(threadIdx.x) >> 5; }
+// thread_index, read anew: what is computed from it is computed again where it is used, and takes no register meanwhile.
+TTS_DEVICE int thread_index_anew() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 
 extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
 

@@ -17,7 +17,7 @@ constexpr int block_tokens(int dim) { return dim <= 128 ? 64 : 32; }
 // Of a node.
 TTS_DEVICE int chunk_tokens(const CudaTreeAttentionParams& p, int node, int length) {
   const int own_rows = p.call.own_end(node) - p.call.own_begin(node);
-  return chunk_tokens(length, most_chunks(own_rows, p.call.group(), p.wide_rows, p.max_chunks), p.min_chunk);
+  return chunk_tokens(length, most_chunks(own_rows, int(p.by_group.divisor), p.wide_rows, p.max_chunks), p.min_chunk);
 }
 
 // The partial states of a row: those of its path.
@@ -41,10 +41,10 @@ struct TreeItem {
 
 // What is true of a packed row of the item.
 struct TreeRows {
-  int first[kMostTileRows], stop[kMostTileRows];  // tokens of the node that it sees
-  int source[kMostTileRows];                      // where it lies in q and out
-  int state[kMostTileRows];                       // its partial state of this item
-  int arrivals[kMostTileRows];                    // partial states that it has in all; 0: there is no such row
+  int first[kMostTileRows], stop[kMostTileRows];   // tokens of the node that it sees
+  int source[kMostTileRows], head[kMostTileRows];  // where it lies in q and out
+  int state[kMostTileRows];                        // its partial state of this item
+  int arrivals[kMostTileRows];                     // partial states that it has in all; 0: there is no such row
 };
 
 struct TreeShared {
@@ -85,7 +85,8 @@ TTS_DEVICE void block_extremes(TreeShared& shared, int& low, int& high) {
     low = min(low, shuffle_xor(low, mask));
     high = max(high, shuffle_xor(high, mask));
   }
-  if (lane_index() == 0) shared.extremes[0][warp_index()] = low, shared.extremes[1][warp_index()] = high;
+  const uint32_t thread = thread_index_anew();
+  if (thread % 32 == 0) shared.extremes[0][thread / 32] = low, shared.extremes[1][thread / 32] = high;
   sync_block();
   for (int warp = 0; warp < kTreeWarps; ++warp) {
     low = min(low, shared.extremes[0][warp]);

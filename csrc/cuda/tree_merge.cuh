@@ -44,9 +44,7 @@ template <typename T, int kDim>
 TTS_DEVICE void merge_row(const CudaTreeAttentionParams& p, const TreeItem& item, const TreeRows& rows, int place) {
   const TreeAttentionParams& c = p.call;
   constexpr int kPieces = (kDim + 127) / 128;  // four columns each, 128 columns apart
-  const int packed = item.first + place;
-  const int head = item.kv_head * c.group() + packed - p.by_group.divide(packed) * c.group();
-  const int count = rows.arrivals[place], lane = lane_index();
+  const int head = rows.head[place], count = rows.arrivals[place], lane = thread_index_anew() & 31;
   const int64_t begin = int64_t(rows.state[place] - item.state) * c.num_heads + head;
   const auto place_of = [&](int i) { return begin + int64_t(i) * c.num_heads; };
 
@@ -101,10 +99,7 @@ template <typename T, int kDim, int kRows>
 TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const TreeTile<T, kDim, kRows>& tile,
                             const TreeItem& item, const TreeRows& rows, TreeShared& shared) {
   const TreeAttentionParams& c = p.call;
-  const auto head_of = [&](int place) {
-    const int packed = item.first + place;
-    return item.kv_head * c.group() + packed - p.by_group.divide(packed) * c.group();
-  };
+  const auto head_of = [&](int place) { return rows.head[place]; };
 
   float factor[2];
 #pragma unroll
@@ -123,8 +118,9 @@ TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const TreeTile<T, 
       store_state(to + 1, tile.sum(half));
     }
   }
-  const float scale = lane_index() & 1 ? factor[1] : factor[0];
-  const float seen = lane_index() & 1 ? tile.largest(1) : tile.largest(0);
+  const bool odd = thread_index_anew() & 1;
+  const float scale = odd ? factor[1] : factor[0];
+  const float seen = odd ? tile.largest(1) : tile.largest(0);
   tile.for_each_output([&](int place, int column, const float(&x)[4]) {
     if (place >= item.count) return;
     const int head = head_of(place);
@@ -137,7 +133,7 @@ TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const TreeTile<T, 
     }
   });
 
-  const int place = thread_index();
+  const int place = thread_index_anew();
   const bool waits = place < item.count && rows.arrivals[place] > 1;
   if (!sync_block_any(waits)) return;
   if (place < kRows) {
@@ -152,7 +148,7 @@ TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const TreeTile<T, 
     shared.last[place] = last;
   }
   sync_block();
-  for (int place = warp_index(); place < item.count; place += kTreeWarps)
+  for (int place = thread_index_anew() >> 5; place < item.count; place += kTreeWarps)
     if (shared.last[place]) merge_row<T, kDim>(p, item, rows, place);
 }
 

@@ -50,12 +50,12 @@ class TreeStream {
       const unsigned char* from = stage(oldest_, which);
       unsigned char* to = memory_ + Layout::kBlocks + which * Layout::kHalf;
 #pragma unroll 2
-      for (int i = thread_index(); i < kPieces; i += kTreeThreads) {
+      for (int i = thread_index_anew(); i < kPieces; i += kTreeThreads) {
         const uint32_t* bytes = reinterpret_cast<const uint32_t*>(from) + 2 * i;
         Bits128 wide;
         widen_e4m3x4<T>(bytes[0], wide.word[0], wide.word[1]);
         widen_e4m3x4<T>(bytes[1], wide.word[2], wide.word[3]);
-        const int token = i / Layout::kChunks;
+        const int token = int(uint32_t(i) / Layout::kChunks);
         store_16(to + 16 * swizzled<Layout::kChunks>(token, i - token * Layout::kChunks), wide);
       }
     }
@@ -93,14 +93,15 @@ class TreeStream {
     const TreeAttentionParams& c = p_.call;
     constexpr int kSteps = (Layout::kTokens * kPieces + kTreeThreads - 1) / kTreeThreads;
     const int pieces = c.head_dim * kBytes / 16;
+    const int thread = thread_index_anew();
     unsigned char *k_to = stage(fresh_, 0), *v_to = stage(fresh_, 1);
     const char* k_from = static_cast<const char*>(c.k) + kv_head_ * c.k_head * kBytes;
     const char* v_from = static_cast<const char*>(c.v) + kv_head_ * c.v_head * kBytes;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int i = thread_index() + step * kTreeThreads;
+      const int i = thread + step * kTreeThreads;
       if (Layout::kTokens * kPieces % kTreeThreads != 0 && i >= Layout::kTokens * kPieces) break;
-      const int token = i / kPieces, piece = i - token * kPieces, at = token_ + token;
+      const int token = int(uint32_t(i) / kPieces), piece = i - token * kPieces, at = token_ + token;
       const bool valid = at >= seen_begin_ && at < seen_end_ && piece < pieces;
       int64_t k_offset = 0, v_offset = 0;
       if (valid) {
@@ -121,16 +122,16 @@ class TreeStream {
   // where a node may grow far: each lane looks at one.
   TTS_DEVICE void enter() {
     const TreeAttentionParams& c = p_.call;
-    const int grid = block_count();
+    const int grid = block_count(), lane = thread_index_anew() & 31;
     int found = work_end_;
     while (work_ < work_end_) {
-      const int candidate = work_ + lane_index() * grid;
+      const int candidate = work_ + lane * grid;
       bool present = false;
       if (candidate < work_end_) {
         const int32_t* item = p_.items + 4 * (candidate / c.num_kv_heads);
         const int node = item[0], length = c.length(node);
         present = item[2] < ceil_div(length, chunk_tokens(p_, node, length)) &&
-                  item[1] < (c.rows_end(node) - c.own_begin(node)) * c.group();
+                  item[1] < (c.rows_end(node) - c.own_begin(node)) * int(p_.by_group.divisor);
       }
       const uint32_t which = ballot(present);
       found = work_ + trailing_zeros(which) * grid;
@@ -146,13 +147,13 @@ class TreeStream {
     const int node = words[0], chunk = words[2], length = c.length(node);
     const int tokens = chunk_tokens(p_, node, length);
     const int chunk_begin = chunk * tokens, chunk_end = min(chunk_begin + tokens, length);
-    const int own_begin = c.own_begin(node), own_end = c.own_end(node);
+    const int own_begin = c.own_begin(node), own_end = c.own_end(node), group = int(p_.by_group.divisor);
     const int above = p_.path_chunks[node] + chunk;
 
     TreeItem item;
     item.rows = words[3] == 0 ? 16 : words[3] == 1 ? 64 : 128;
     item.first = words[1];
-    item.count = min(item.rows, (c.rows_end(node) - own_begin) * c.group() - item.first);
+    item.count = min(item.rows, (c.rows_end(node) - own_begin) * group - item.first);
     item.own_begin = own_begin;
     item.kv_head = kv_head;
     item.state = above;
@@ -162,13 +163,14 @@ class TreeStream {
     const auto stop_of = [&](int row) { return c.causal ? min(length, unseen + row) : length; };
     TreeRows& rows = shared_.rows[entered_ % kMaxStages];
     int low = INT32_MAX, high = 0;
-    const int place = thread_index();
+    const int place = thread_index_anew();
     if (place < item.rows) {
-      int first = 0, stop = 0, source = 0, state = 0, arrivals = 0;
+      int first = 0, stop = 0, source = 0, head = 0, state = 0, arrivals = 0;
       if (place < item.count) {
-        const int row = own_begin + p_.by_group.divide(item.first + place);
+        const int below = p_.by_group.divide(item.first + place), row = own_begin + below;
         const int owner = c.rows[c.num_rows + row];
         source = c.rows[row];
+        head = kv_head * group + item.first + place - below * group;
         state = p_.first_state[row] + above;
         arrivals = count_states(p_, owner);
         stop = stop_of(row);
@@ -180,7 +182,7 @@ class TreeStream {
         low = first, high = first;
       }
       rows.first[place] = first, rows.stop[place] = stop;
-      rows.source[place] = source, rows.state[place] = state, rows.arrivals[place] = arrivals;
+      rows.source[place] = source, rows.head[place] = head, rows.state[place] = state, rows.arrivals[place] = arrivals;
     }
     if (c.window >= 0)
       block_extremes(shared_, low, high);
@@ -203,7 +205,7 @@ class TreeStream {
     item.blocks = blocks_;
     item.whole_begin = c.window >= 0 ? high : 0;
     item.whole_end = stop_of(first_row);
-    if (thread_index() == 0) shared_.item[entered_ % kMaxStages] = item;
+    if (place == 0) shared_.item[entered_ % kMaxStages] = item;
     ++entered_;
   }
 

@@ -19,7 +19,7 @@ class TreeTile {
  public:
   TTS_DEVICE TreeTile(const CudaTreeAttentionParams& p, TreeStream<kDim>& stream, unsigned char* memory,
                       const TreeItem& item, const TreeRows& rows)
-      : p_(p), stream_(stream), memory_(memory), item_(item), rows_(rows) {
+      : thread_(thread_index_anew()), p_(p), stream_(stream), memory_(memory), item_(item), rows_(rows) {
     const TreeAttentionParams& c = p.call;
     const float scale = c.k_scale == nullptr ? c.scale : c.scale * c.k_scale[item.kv_head];
     // A negative scale goes into the sign of q. A scale of 0 must not turn the -inf of hidden tokens into NaN.
@@ -50,18 +50,18 @@ class TreeTile {
 
   // What came of it. The row of this thread: `half` 0 or 1.
   static constexpr int kTilesOut = kDim / 8;  // of 8 columns
-  TTS_DEVICE int row(int half) const { return 16 * group() + lane_index() / 4 + 8 * half; }
+  TTS_DEVICE int row(int half) const { return 16 * group() + lane() / 4 + 8 * half; }
   TTS_DEVICE float largest(int half) const { return base_[half]; }
   TTS_DEVICE float sum(int half) const { return sum_[2 * half]; }
   // One thread of a row.
-  TTS_DEVICE bool speaks() const { return member() == 0 && lane_index() % 4 == 0; }
+  TTS_DEVICE bool speaks() const { return member() == 0 && lane() % 4 == 0; }
 
   // Calls with (row of the tile, column, four numbers): every element of the output once, four columns of a row to a
   // thread. All lanes call it together.
   template <typename F>
   TTS_DEVICE void for_each_output(F with) const {
-    const bool odd = lane_index() & 1;
-    const int row = 16 * group() + lane_index() / 4 + (odd ? 8 : 0);
+    const bool odd = lane() & 1;
+    const int row = 16 * group() + lane() / 4 + (odd ? 8 : 0);
 #pragma unroll
     for (int i = 0; i < kOut; ++i) {
       const int tile = member() + kMembers * i;
@@ -69,7 +69,7 @@ class TreeTile {
       // Neighbours have two columns each of two rows: they change two of them for two.
       const float a = shuffle_xor(odd ? out_[i][0] : out_[i][2], 1), b = shuffle_xor(odd ? out_[i][1] : out_[i][3], 1);
       const float x[4] = {odd ? a : out_[i][0], odd ? b : out_[i][1], odd ? out_[i][2] : a, odd ? out_[i][3] : b};
-      with(row, 8 * tile + lane_index() % 4 / 2 * 4, x);
+      with(row, 8 * tile + lane() % 4 / 2 * 4, x);
     }
   }
 
@@ -82,8 +82,9 @@ class TreeTile {
   static constexpr int kDimChunks = kDim / 8, kTokenChunks = kTokens / 8;
   static_assert(kGroups * kMembers == kTreeWarps, "whole groups");
 
-  TTS_DEVICE static int group() { return warp_index() / kMembers; }
-  TTS_DEVICE static int member() { return warp_index() % kMembers; }
+  TTS_DEVICE int lane() const { return int(thread_ % 32); }
+  TTS_DEVICE int group() const { return int(thread_ / 32 / kMembers); }
+  TTS_DEVICE int member() const { return int(thread_ / 32 % kMembers); }
 
   // The warps that share rows meet.
   TTS_DEVICE void sync_members() {
@@ -101,13 +102,11 @@ class TreeTile {
     for (int half = 0; half < 2; ++half) {
       const int place = row(half);
       const bool valid = place < item_.count;
-      const int packed = item_.first + place;
-      const int head = item_.kv_head * c.group() + packed - p_.by_group.divide(packed) * c.group();
-      const uint16_t* from =
-          static_cast<const uint16_t*>(c.q) + (valid ? rows_.source[place] * c.q_row + head * c.q_head : 0);
+      const uint16_t* from = static_cast<const uint16_t*>(c.q);
+      if (valid) from += rows_.source[place] * c.q_row + rows_.head[place] * c.q_head;
 #pragma unroll
       for (int step = 0; step < kDim / 8; ++step) {  // eight columns
-        const int column = 8 * step + lane_index() % 4 * 2;
+        const int column = 8 * step + lane() % 4 * 2;
         uint32_t pair = 0;
         if (valid && 8 * step < c.head_dim) {
           pair = words ? *reinterpret_cast<const uint32_t*>(from + column)
@@ -150,7 +149,7 @@ class TreeTile {
         if (kTilesIn % kMembers != 0 && tile >= kTilesIn) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          weights()[4 * swizzled<kTokenChunks>(row(half), tile) + lane_index() % 4] = weight[i][half];
+          weights()[4 * swizzled<kTokenChunks>(row(half), tile) + lane() % 4] = weight[i][half];
       }
       sync_members();
     }
@@ -171,7 +170,7 @@ class TreeTile {
         const int tile = member() + kMembers * i;
         if (kTilesIn % kMembers != 0 && tile >= kTilesIn) break;
         uint32_t b[4];
-        load_matrix_x4(b, keys + 16 * swizzled<kDimChunks>(8 * tile + lane_index() % 8, 4 * step + lane_index() / 8));
+        load_matrix_x4(b, keys + 16 * swizzled<kDimChunks>(8 * tile + lane() % 8, 4 * step + lane() / 8));
         mma_16816<T>(score[i], q_[2 * step], b[0], b[1]);
         mma_16816<T>(score[i], q_[2 * step + 1], b[2], b[3]);
       }
@@ -189,8 +188,7 @@ class TreeTile {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (kMembers > 1) {
-          const int place =
-              swizzled<kTokenChunks>(16 * group() + lane_index() % 16, 2 * (2 * step + j) + lane_index() / 16);
+          const int place = swizzled<kTokenChunks>(16 * group() + lane() % 16, 2 * (2 * step + j) + lane() / 16);
           load_matrix_x4(a[j], weights() + 4 * place);
         } else {
           // The result of a product is laid out as the first operand of another.
@@ -205,7 +203,7 @@ class TreeTile {
         const int tile = member() + kMembers * i;
         if (kTilesOut % kMembers != 0 && tile >= kTilesOut) break;
         uint32_t b[4];
-        load_matrix_x4_transposed(b, values + 16 * swizzled<kDimChunks>(32 * step + lane_index(), tile));
+        load_matrix_x4_transposed(b, values + 16 * swizzled<kDimChunks>(32 * step + lane(), tile));
         mma_16816<T>(out_[i], a[0], b[0], b[1]);
         mma_16816<T>(out_[i], a[1], b[2], b[3]);
       }
@@ -230,7 +228,7 @@ class TreeTile {
       for (int i = 0; i < kScores; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int token = start + 8 * (member() + kMembers * i) + lane_index() % 4 * 2 + j;
+          const int token = start + 8 * (member() + kMembers * i) + lane() % 4 * 2 + j;
           if (token < first || token >= stop) score[i][2 * half + j] = -kInfinity;
         }
     }
@@ -251,7 +249,7 @@ class TreeTile {
       }
       found[half] = max(found[half], shuffle_xor(found[half], 1));
       found[half] = max(found[half], shuffle_xor(found[half], 2));
-      if (kMembers > 1 && lane_index() % 4 == 0) shared[member() * kRows + row(half)] = found[half];
+      if (kMembers > 1 && lane() % 4 == 0) shared[member() * kRows + row(half)] = found[half];
     }
     if (kMembers > 1) sync_members();
 #pragma unroll
@@ -272,6 +270,7 @@ class TreeTile {
 
   TTS_DEVICE uint32_t* weights() const { return reinterpret_cast<uint32_t*>(memory_ + TreeLayout<kDim>::kWeights); }
 
+  const uint32_t thread_;
   const CudaTreeAttentionParams& p_;
   TreeStream<kDim>& stream_;
   unsigned char* memory_;

@@ -30,6 +30,7 @@ inline int block_count() { return int(machine.block_count); }
 inline int block_size() { return machine.current->block->size; }
 inline int lane_index() { return machine.current->index % 32; }
 inline int warp_index() { return machine.current->index / 32; }
+inline int thread_index_anew() { return thread_index(); }
 
 template <typename T>
 T* shared_memory() {
