@@ -40,7 +40,7 @@ PLANTED = [
     ("counter: that of another head", MERGE, "row) * c.num_heads + head_of(place)", "row) * c.num_heads"),
     ("index: the slot of the next token", STREAM, "slot = at - in_pages", "slot = at + 1 - in_pages"),
     ("index: pages of the node above", STREAM, "c.pages + c.page_begin(node)", "c.pages"),
-    ("index: pieces of a row in each other's place", ITEM, "(chunk ^ (row & 7))", "(chunk ^ (row & 6))"),
+    ("index: pieces of a row in one place", ITEM, "(chunk ^ (row & 7))", "(chunk | (row & 7))"),
     ("index: fragments as they lie, not transposed", TILE, "load_matrix_x4_transposed(b", "load_matrix_x4(b"),
     ("index: a state of the node above", STREAM, "p_.path_chunks[node] + chunk;", "chunk;"),
     ("border: the diagonal one token late", STREAM, "length - own_end + 1", "length - own_end + 2"),
