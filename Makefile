@@ -35,23 +35,31 @@ DEMO := $(BIN)/tts-kernels
 READY := .venv/ready .venv/native
 endif
 
-.PHONY: help venv native demo test bench gpu static lint sanitize clean
+.PHONY: help venv native demo reasoner test bench gpu static lint sanitize sanitize-cuda clean
 
 help:
 	@echo "make venv      .venv with everything in it, and the native module"
-	@echo "make demo      N samples over one shared KV tree, beside stock transformers"
+	@echo "make demo      problems solved by a small reasoner; N samples over one shared KV tree, beside stock transformers"
 	@echo "make test      the tests; the end says what was skipped and why"
 	@echo "make bench     the benchmarks: a table, JSON and a plot"
 	@echo "make gpu       on a GPU: build, tests, compute-sanitizer, benchmarks beside peers; a record and a short table"
+	@echo "make reasoner  train the small reasoner and its verifiers anew"
 	@echo "make static    what the GPU kernels compile to, against limits; needs no GPU"
 	@echo "make lint      ruff and clang-format, which change nothing"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize-cuda  the same for the CUDA kernels, on the host's emulation of a GPU"
 	@echo "make clean     remove what was built, except .venv"
 
 venv: $(READY)
 
 demo: $(READY)
+	$(PY) -m benchmarks.reasoner.demo
 	$(DEMO) demo $(ARGS)
+
+# From nothing to the weights in benchmarks/reasoner/weights, into REASONER: half an hour on two cores, minutes on a GPU.
+REASONER = build/reasoner
+reasoner: $(READY)
+	$(PY) -m benchmarks.reasoner --out $(REASONER) $(ARGS)
 
 # Files side by side. Threads that wait must not spin then: more of them than cores would wait for one another.
 test: $(READY)
@@ -76,7 +84,7 @@ static: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(CLANG_FORMAT) --dry-run -Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(CLANG_FORMAT) --dry-run -Werror
 
 # An instrumented copy of the package in build/sanitize; the module in tts_kernels/ stays as it is. Python is not
 # instrumented, so the runtime has to be loaded before it, and the C++ runtime with it for exceptions to be seen. The
@@ -91,7 +99,16 @@ sanitize: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	$(PY) -c 'import sys, pytest, tts_kernels._C as c; assert c.__file__.startswith("$(ROOT)/build/sanitize/"), c; sys.exit(pytest.main())' \
 	-c $(ROOT)/pyproject.toml --rootdir $(ROOT) -p no:faulthandler -p no:cacheprovider --capture=sys -v \
-	-m "not gpu" -k "not reference and not inductor and not siblings and not triton" $(ROOT)/tests/attention $(ROOT)/tests/scoring $(ARGS)
+	-m "not gpu" -k "not reference and not inductor and not siblings and not triton and not cuda" $(ROOT)/tests/attention $(ROOT)/tests/scoring $(ARGS)
+
+# Of the emulated CUDA kernels an instrumented module in build/emulation: shared memory ends in poison there, and caches,
+# tables and scratch are torch's allocations. Built before the runtimes are loaded, which the compiler does not need.
+sanitize-cuda: $(READY)
+	$(PY) tests/emulation/build.py --sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 TTS_EMULATION_SANITIZE=1 \
+	$(PY) -m pytest -p no:faulthandler -p no:cacheprovider --capture=sys -v -m "not gpu" \
+	-k "(cuda-cpu or test_emulation or test_orders or test_work_list) and not inductor and not siblings and not planted" tests/cuda tests/attention tests/scoring $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/native

@@ -219,6 +219,31 @@ def accuracy(curves: Mapping[str, Sequence], method: str, currency: str, title: 
     return figure
 
 
+def claim(series: Mapping[str, Sequence[Mapping]], provenance: str) -> Figure:
+    """Accuracy against measured seconds of a query. series: for each label, by rising n, {"n", "seconds": (stock,
+    ours), "value", "low", "high"}; the same accuracy stands twice, hollow where stock code paid for it."""
+    figure = new_figure(7.5, 4.8, provenance)
+    axes = figure.add_subplot()
+    for i, (label, points) in enumerate(series.items()):
+        values = [100 * p["value"] for p in points]
+        spans = [[100 * (p["value"] - p["low"]) for p in points], [100 * (p["high"] - p["value"]) for p in points]]
+        colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+        for side, dash, fill in ((0, ":", "white"), (1, "-", colour)):
+            axes.errorbar([p["seconds"][side] for p in points], values, spans, color=colour, linestyle=dash,
+                          marker=marker, markerfacecolor=fill, elinewidth=0.8, capsize=2,
+                          label=f"{label}, {('stock', 'tts_kernels')[side]}")  # fmt: skip
+        for p in points:
+            axes.annotate(f"{p['n']}", (p["seconds"][1], 100 * p["value"]), (-4, 6), ha="right",
+                          textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
+    axes.set(xscale="log", xlabel="seconds per query, measured", ylabel="accuracy (% of problems)", ylim=(0, 100))
+    _plain_log(axes.xaxis, [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)])
+    axes.margins(x=0.1)
+    axes.set_title("a small reasoner; numbers: samples or candidates", fontsize=11)
+    axes.grid(True, linewidth=0.4, alpha=0.6)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
 def break_even(comparison, provenance: str, note: str = "") -> Figure:
     """Total cost against queries of an `economics.Comparison`."""
     volumes = {sharing: comparison.volume(sharing) for sharing in comparison.external}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tts_kernels.errors import fail
 
-from . import figures, measured, readme, sections
+from . import claim, figures, measured, readme, sections
 from .checks import check_number
 from .economics_command import add_comparison_arguments, comparison_of
 from .options import (
@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all)")  # fmt: skip
     add("--profile", metavar="FILE", action="append", default=[], help="measured, as `tts-kernels profile --json` "
         "writes it; again for several")  # fmt: skip
+    add("--claim", metavar="FILE", type=Path, help="a record of benchmarks/reasoner: what internal and external scaling "
+        "gave a small reasoner")  # fmt: skip
     add_common_arguments(parser)
     add_trace_arguments(parser)
     add("--model", metavar="NAME", help="of the traces: a preset or the path of a config.json")
@@ -71,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--readme",
         metavar="FILE",
         type=Path,
-        help="in place of a page: rewrite the figure and the table of this README",
+        help="in place of a page: rewrite the figure and the table of costs of this README, or, beside --claim, those of "
+        "the claim",
     )
 
 
@@ -79,15 +82,16 @@ def main(args: argparse.Namespace) -> int:
     """Write the page, after every figure as far as it has come. Exit status 0; 130 where it was interrupted."""
     hardware, efficiency = device_of(args)
     study = Study([Scenario.load(name) for name in args.scenario or []] or scenarios(), hardware, efficiency)
+    record = claim.read(args.claim) if args.claim else None
     if args.readme:
-        for path in readme.write(args.readme, study):
+        for path in claim.write(args.readme, record) if record else readme.write(args.readme, study):
             print(f"wrote {path}")
         return 0
     check_output(args.output)
     figures.new_figure(1, 1, "")  # without matplotlib it ends here
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
-    steps = steps_of(args, study)
+    steps = steps_of(args, study, record)
     made: list[Section] = []
     rendered: dict[str, str] = {}
 
@@ -118,12 +122,14 @@ def main(args: argparse.Namespace) -> int:
     return status
 
 
-def steps_of(args: argparse.Namespace, study: Study) -> list[tuple[str, str, Callable[[], Section]]]:
+def steps_of(args: argparse.Namespace, study: Study, record: dict | None) -> list[tuple[str, str, Callable[[], Section]]]:
     """(name, title, function that makes it) of each section. Arguments are checked here, before anything is drawn."""
     runs = measured.read_profiles(args.profile)
     steps = [("headline", "What sharing buys", lambda: sections.headline(study, measured.points(runs)))]
     if runs:
         steps.append(("measured", "Measured beside modelled", lambda: measured.section(runs)))
+    if record:
+        steps.append(("claim", "Internal and external scaling, measured", lambda: claim.section(record)))
     steps.append(("growth", "What the N-th candidate adds: m(N)", lambda: sections.growth(study)))
     for regime in REGIMES:
         title = f"Where the time goes, {regime}"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,10 +150,7 @@ class Traces:
             value, of_all = _chance(samples, n, method, AGGREGATES[aggregate], seed)
             values.append(value)
             exact &= of_all
-        draw = random.Random(seed)
-        means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(resamples))
-        low, high = (means[int(q * (len(means) - 1))] if means else math.nan for q in (0.025, 0.975))
-        return Accuracy(method, n, sum(values) / len(values), low, high, exact)
+        return Accuracy(method, n, *mean_interval(values, resamples, seed), exact)
 
     def cost(
         self,
@@ -213,6 +210,14 @@ class Traces:
             short = min(self.questions, key=lambda q: len(self.questions[q]))
             fail("n", f"at most {self.samples_per_question}, the samples of question {short!r}", n)
         return n
+
+
+def mean_interval(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): a percentile bootstrap interval of 95%; without resamples its ends are nan."""
+    draw = random.Random(seed)
+    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(resamples))
+    low, high = (means[int(q * (len(means) - 1))] if means else math.nan for q in (0.025, 0.975))
+    return sum(values) / len(values), low, high
 
 
 def best_n(points: Iterable[Point], value: float) -> Point:
