@@ -112,7 +112,6 @@ class Toolchain:
             self.cuda, self.no_cuda = self._find_cuda(Path(tmp))
         self.flags += [f"-D{ISA[name][1]}=1" for name in self.isa]
         if self.cuda:
-            self.flags += ["-DTTS_HAVE_CUDA=1"]
             self.link_flags += self.cuda.link_flags
 
     @staticmethod
@@ -176,7 +175,8 @@ class Toolchain:
         isa = {path.stem: path for path in sorted((CSRC / "cpu" / "isa").glob("*.cpp"))}
         plain += [path for name, path in isa.items() if name not in ISA]
         if self.cuda:
-            of_bindings = [f"-DTTS_CUDA_ARCHS={json.dumps(' '.join(self.cuda.archs))}", *self.cuda.includes]
+            archs = json.dumps(" ".join(self.cuda.archs))
+            of_bindings = ["-DTTS_HAVE_CUDA=1", f"-DTTS_CUDA_ARCHS={archs}", *self.cuda.includes]
         else:
             of_bindings = [f"-DTTS_NO_CUDA={json.dumps(self.no_cuda)}"]
         files = [(CSRC / "bindings.cpp", of_bindings), *((path, []) for path in plain)]
@@ -236,7 +236,9 @@ class Nvcc:
         if oldest.isdigit():
             self.flags += ["-gencode", f"arch=compute_{oldest},code=compute_{oldest}"]
         said = self._probe(self.archs[0], "--dryrun")[1]
-        self.includes = [flag for folder in re.findall(r'"-I([^"]*)"', said) for flag in ("-isystem", folder)]
+        self.includes = []  # for files of the C++ compiler that name CUDA's types
+        for folder in dict.fromkeys(re.findall(r'"-I([^"]*)"', said)):
+            self.includes += ["-isystem", folder]
         # Static: it loads the driver on first use, so the module can be imported where there is none.
         self.link_flags = [self._runtime(re.findall(r'"-L([^"]*)"', said)), "-ldl", "-lrt", "-lpthread"]
 

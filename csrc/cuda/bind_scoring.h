@@ -19,8 +19,8 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-inline Matrix matrix(const MatrixArgs& m) { return {pointer(m[0]), m[1], DType(m[2])}; }
-inline Vector vector(const VectorArgs& v) { return {pointer(v[0]), DType(v[1])}; }
+inline Matrix as_matrix(const MatrixArgs& m) { return {pointer(m[0]), m[1], DType(m[2])}; }
+inline Vector as_vector(const VectorArgs& v) { return {pointer(v[0]), DType(v[1])}; }
 
 // Where choices go to and what they are made from: indices, selected, scores, groups, answers, scratch; shape:
 // candidates, groups, k, candidates that are sorted in shared memory.
@@ -45,8 +45,8 @@ inline void cuda_gather_rows(std::array<int64_t, 2> at, int64_t out, int out_dty
                              std::array<int64_t, 4> shape) {
   using namespace cuda_scoring;
   GatherRowsParams p;
-  p.hidden = matrix(hidden), p.positions = pointer<int64_t>(positions);
-  p.norm_weight = vector(norm_weight), p.norm_eps = norm_eps;
+  p.hidden = as_matrix(hidden), p.positions = pointer<int64_t>(positions);
+  p.norm_weight = as_vector(norm_weight), p.norm_eps = norm_eps;
   p.out = pointer(out), p.out_dtype = DType(out_dtype);
   p.num_rows = shape[0], p.dim = shape[1], p.block_rows = shape[2], p.num_parts = shape[3];
   DeviceGuard device{int(at[0])};
@@ -65,11 +65,11 @@ inline void cuda_step_scores(std::array<int64_t, 2> at, int rows, cuda_scoring::
   using namespace cuda_scoring;
   StepScoresParams p = {};
   p.rows_of = RowsOf(rows);
-  p.hidden = matrix(hidden), p.positions = pointer<int64_t>(positions);
-  p.norm_weight = vector(norm_weight), p.norm_eps = norm_eps;
+  p.hidden = as_matrix(hidden), p.positions = pointer<int64_t>(positions);
+  p.norm_weight = as_vector(norm_weight), p.norm_eps = norm_eps;
   p.products = pointer<float>(products[0]), p.num_parts = products[1], p.block_rows = products[2];
-  p.b1 = vector(b1), p.activation = Activation(activation);
-  p.w2 = matrix(w2), p.b2 = vector(b2), p.logits = pointer<float>(logits);
+  p.b1 = as_vector(b1), p.activation = Activation(activation);
+  p.w2 = as_matrix(w2), p.b2 = as_vector(b2), p.logits = pointer<float>(logits);
   p.reduce.logits = p.logits, p.reduce.offsets = pointer<int64_t>(offsets);
   p.reduce.margin = pointer<float>(out[0]), p.reduce.prob = pointer<float>(out[1]);
   p.reduce.stats = pointer<float>(out[2]), p.reduce.count = pointer<int32_t>(out[3]);
