@@ -27,7 +27,7 @@ SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": True,
 }

@@ -64,7 +64,7 @@ def test_encode_is_the_tokenizer():
         assert models.encode([text])[0].tolist() == tokenizer(text)["input_ids"]
         tagged = problem.prompt + train_verifier.tagged(problem.lines)
         assert models.encode([tagged])[0].tolist() == tokenizer(tagged)["input_ids"]
-        assert len(tokenizer(text)["input_ids"]) <= models.SIZES["max_position_embeddings"]
+        assert len(tokenizer(text)["input_ids"]) <= 203
 
 
 def test_changed_chains_have_one_first_error_and_go_on_from_it():
