@@ -284,9 +284,9 @@ TTS_DEVICE Bits128 load_16_once(const void* p) {
   return x;
 }
 
-// What blocks tell one another in global memory. The writer: store_state by any threads, a barrier, fence() and the
-// atomic by one thread (or fence() by each writer, the barrier, the atomic). The reader: the atomic, fence(), a barrier,
-// load_fresh, which never comes from L1.
+// What blocks tell one another in global memory. The writer: store_state by any threads, a barrier, then fence() and the
+// atomic, both by the thread that tells. The reader: the atomic, fence(), a barrier, load_fresh, which never comes from
+// L1.
 TTS_DEVICE void store_state(float* p, float x) {
   asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
 }

@@ -52,8 +52,8 @@ PLANTED = [
 
 
 def inputs(window: int) -> cases.Inputs:
-    """Tiles of each size, nodes of several chunks and of a part of one, own rows with a diagonal."""
-    forest = Forest([-1, 0, 0, 1], [300, 150, 7, 130], [0, 40, 1, 40], page_size=16).place(random.Random(0))
+    """Tiles of each size, chunks of several blocks and of a part of one, own rows with a diagonal."""
+    forest = Forest([-1, 0, 0, 1], [1100, 150, 7, 130], [0, 40, 1, 40], page_size=16).place(random.Random(0))
     return cases.make_inputs(Case(heads=(4, 2), window=window, dtypes=(FP16, FP16), sinks=True), forest)
 
 

@@ -259,6 +259,7 @@ namespace emulation {
 template <typename T, typename Change>
 T change_atomically(T* p, Change change) {
   machine.maybe_yield();
+  machine.release();
   const T old = *p;
   *p = change(old);
   machine.maybe_sleep();  // who is told of what this thread has written finds out whether it is there

@@ -4,7 +4,8 @@
 //   barriers         likewise for the block; where nobody can go on, the error says who waits where
 //   shared memory    is NaN in every format until it is written, and ends in red zones
 //   cp.async         the target is NaN from the copy's issue until the bytes land: at the wait, or earlier by chance
-//   store_state, ..  the target is NaN for everyone but the block until a fence publishes the value, or chance does
+//   store_state, ..  the target is NaN for everyone but the block, until chance has it, or until a thread has fenced it and
+//                    then changed something by an atomic or such a store
 // Not modelled: caches (a plain load of what another block wrote is always fresh), the fence of a reader, races of plain
 // accesses between two points where a thread may lose its turn. Time is not modelled at all.
 //
@@ -61,6 +62,8 @@ struct Thread {
   std::vector<Copy> copies;        // under way
   int group = 0;                   // the open one's number
   std::vector<uint32_t*> written;  // by store_state and not yet ordered before the block's other threads
+  std::vector<uint32_t*> fenced;   // by this thread; seen by who sees what it writes next
+  size_t fenced_of_block = 0;      // likewise: so many of Block::written
 };
 
 struct Warp {
@@ -90,6 +93,7 @@ struct Block {
   size_t memory_bytes = 0, shared_bytes = 0;
   std::unordered_map<uint32_t*, uint32_t> stores;  // words that only this block sees
   std::vector<uint32_t*> written;                  // of these, those ordered before the whole block
+  size_t published = 0;                            // so many of `written` are not among `stores` any more
 
   bool in_shared(const void* p) const {
     return static_cast<const char*>(p) >= shared && static_cast<const char*>(p) < shared + shared_bytes;
@@ -181,6 +185,7 @@ class Machine {
   void store_words(void* to, const uint32_t* words, int count);
   void load_words(const void* from, uint32_t* words, int count) const;
   void fence();
+  void release();  // before a thread writes what others may see: all that it has fenced is seen too
 
   void copy(const Site& site, void* to, const void* from, bool valid);
   void commit_copies();
@@ -206,7 +211,7 @@ class Machine {
   void next();
   void begin_block(Block* block, int slot, const Grid& grid, int index);
   void end_block(Block* block);
-  void publish(Block* block, std::vector<uint32_t*>* words);
+  static void publish(Block* block, uint32_t* to);
   void land(const Copy& copy);
   static void thread_main();
   std::string where() const;
@@ -332,6 +337,7 @@ inline void Machine::begin_block(Block* block, int slot, const Grid& grid, int i
 #endif
   for (Barrier& barrier : block->barriers) barrier = Barrier();
   block->stores.clear(), block->written.clear();
+  block->published = 0;
   block->threads.resize(grid.block_size);
   block->warps.assign(grid.block_size / kLanes, Warp());
   for (int w = 0; w < int(block->warps.size()); ++w) {
@@ -341,8 +347,8 @@ inline void Machine::begin_block(Block* block, int slot, const Grid& grid, int i
     for (int lane = 0; lane < kLanes; ++lane) {
       Thread& thread = warp.threads[lane];
       thread.block = block, thread.warp = &warp, thread.index = w * kLanes + lane;
-      thread.copies.clear(), thread.written.clear();
-      thread.group = 0;
+      thread.copies.clear(), thread.written.clear(), thread.fenced.clear();
+      thread.group = 0, thread.fenced_of_block = 0;
       stacks_.take(slot * grid.block_size + thread.index, &thread.fiber);
       thread.fiber.prepare(&thread_main);
     }
@@ -535,20 +541,18 @@ inline void Machine::order_warp(Warp* warp) {
   }
 }
 
-inline void Machine::publish(Block* block, std::vector<uint32_t*>* words) {
-  for (uint32_t* to : *words) {
-    auto found = block->stores.find(to);
-    if (found == block->stores.end()) continue;
-    *to = found->second;
-    block->stores.erase(found);
-  }
-  words->clear();
+inline void Machine::publish(Block* block, uint32_t* to) {
+  const auto found = block->stores.find(to);
+  if (found == block->stores.end()) return;
+  *to = found->second;
+  block->stores.erase(found);
 }
 
 inline void Machine::store_words(void* to, const uint32_t* words, int count) {
   Block* block = current->block;
   uint32_t* target = static_cast<uint32_t*>(to);
   const bool direct = block->in_shared(to) || chance(16);
+  if (!block->in_shared(to)) release();
   for (int i = 0; i < count; ++i) {
     if (direct) {
       block->stores.erase(target + i);
@@ -573,10 +577,19 @@ inline void Machine::load_words(const void* from, uint32_t* words, int count) co
 
 inline void Machine::fence() {
   maybe_sleep();
-  publish(current->block, &current->written);
-  publish(current->block, &current->warp->written);
-  publish(current->block, &current->block->written);
+  Thread* self = current;
+  for (std::vector<uint32_t*>* words : {&self->written, &self->warp->written})
+    self->fenced.insert(self->fenced.end(), words->begin(), words->end());
+  self->fenced_of_block = self->block->written.size();
   maybe_yield();
+}
+
+inline void Machine::release() {
+  Block* block = current->block;
+  for (uint32_t* to : current->fenced) publish(block, to);
+  current->fenced.clear();
+  for (; block->published < current->fenced_of_block; ++block->published)
+    publish(block, block->written[block->published]);
 }
 
 inline void Machine::land(const Copy& copy) {
