@@ -50,6 +50,7 @@ struct TreeRows {
 struct TreeShared {
   TreeItem item[kMaxStages];
   TreeRows rows[kMaxStages];
+  int item_of[kMaxStages];  // by place of a block: its item's place in those two; -1: there is no block
   int extremes[2][kTreeWarps];
   float largest[128];        // [warps that share rows][rows]
   bool last[kMostTileRows];  // this block is the last arriver of the row
@@ -71,12 +72,13 @@ struct TreeLayout {
 };
 
 // Where the 16-byte piece `chunk` of a row of kChunks pieces lies, so that eight rows of one column, which ldmatrix
-// reads at a time, lie in different banks.
+// reads at a time, lie in different banks. The piece chunk + more is meant, for two numbers that share no bit: of a
+// `more` that the compiler knows little is left to compute, and to keep.
 template <int kChunks>
-TTS_DEVICE int swizzled(int row, int chunk) {
+TTS_DEVICE int swizzled(int row, int chunk, int more = 0) {
   static_assert(kChunks % 4 == 0, "rows of whole groups of pieces");
-  if (kChunks % 8 == 0) return row * kChunks + (chunk ^ (row & 7));
-  return row * kChunks + (chunk ^ ((row >> 1) & 3));
+  if (kChunks % 8 == 0) return ((row * kChunks + (chunk ^ (row & 7))) ^ (more & 7)) + (more & ~7);
+  return ((row * kChunks + (chunk ^ ((row >> 1) & 3))) ^ (more & 3)) + (more & ~3);
 }
 
 // The smallest `low` and the largest `high` of all threads, in every thread.

@@ -27,10 +27,12 @@ __global__ void __launch_bounds__(kTreeThreads, 1)
   unsigned char* memory = shared_memory<unsigned char>();
   TreeStream<kDim> stream(p, memory);
   TreeShared& shared = stream.shared();
-  for (int i = 0; i < stream.entered(); ++i) {
+  for (;;) {
     stream.await();
-    const TreeItem& item = shared.item[i % kMaxStages];
-    const TreeRows& rows = shared.rows[i % kMaxStages];
+    const int place = stream.item();
+    if (place < 0) break;
+    const TreeItem& item = shared.item[place];
+    const TreeRows& rows = shared.rows[place];
     if (item.rows == 16)
       run_item<T, kDim, 16>(p, stream, memory, item, rows);
     else if (item.rows == 64)

@@ -21,8 +21,6 @@ class TreeStream {
     for (int i = 1; i < p_.num_stages; ++i) copy();
   }
 
-  // Items of which a block was copied; the i-th is in shared().item[i % kMaxStages].
-  TTS_DEVICE int entered() const { return entered_; }
   TTS_DEVICE TreeShared& shared() const { return shared_; }
 
   // Until the oldest block that was copied is there, and every thread is done with those before it.
@@ -35,6 +33,9 @@ class TreeStream {
       copy_async_wait<2>();
     sync_block();
   }
+
+  // Where in shared() the oldest block's item is; -1: there are no more blocks.
+  TTS_DEVICE int item() const { return shared_.item_of[oldest_]; }
 
   // K (0) or V (1) of the oldest block, in T.
   TTS_DEVICE const unsigned char* block(int which) const {
@@ -68,6 +69,7 @@ class TreeStream {
   // Begins the copies of the next block, and closes the group: an empty one where there is no block left.
   TTS_DEVICE void copy() {
     if (blocks_ == 0 && work_ < work_end_) enter();
+    if (thread_index_anew() == 0) shared_.item_of[fresh_] = blocks_ > 0 ? place_ : -1;
     if (blocks_ > 0) {
       if (fp8_)
         copy_block<Layout::kChunks / 2, 1>();
@@ -75,8 +77,8 @@ class TreeStream {
         copy_block<Layout::kChunks, 2>();
       token_ += Layout::kTokens;
       --blocks_;
-      fresh_ = fresh_ + 1 == p_.num_stages ? 0 : fresh_ + 1;
     }
+    fresh_ = fresh_ + 1 == p_.num_stages ? 0 : fresh_ + 1;
     copy_async_commit();
   }
 
@@ -161,7 +163,8 @@ class TreeStream {
     // Own row j of c rows sees the first length - c + j + 1 tokens of its node; rows further down see all of it.
     const int unseen = length - own_end + 1;
     const auto stop_of = [&](int row) { return c.causal ? min(length, unseen + row) : length; };
-    TreeRows& rows = shared_.rows[entered_ % kMaxStages];
+    place_ = (place_ + 1) % kMaxStages;
+    TreeRows& rows = shared_.rows[place_];
     int low = INT32_MAX, high = 0;
     const int place = thread_index_anew();
     if (place < item.rows) {
@@ -205,8 +208,7 @@ class TreeStream {
     item.blocks = blocks_;
     item.whole_begin = c.window >= 0 ? high : 0;
     item.whole_end = stop_of(first_row);
-    if (place == 0) shared_.item[entered_ % kMaxStages] = item;
-    ++entered_;
+    if (place == 0) shared_.item[place_] = item;
   }
 
   const CudaTreeAttentionParams& p_;
@@ -214,9 +216,9 @@ class TreeStream {
   unsigned char* memory_;
   const bool fp8_;
   int work_, work_end_;  // the next (item, KV head) of this block of threads
-  int entered_ = 0, fresh_ = 0, oldest_ = 0;
+  int fresh_ = 0, oldest_ = 0;
   // The item that is copied.
-  int blocks_ = 0, token_ = 0, seen_begin_ = 0, seen_end_ = 0;
+  int place_ = 0, blocks_ = 0, token_ = 0, seen_begin_ = 0, seen_end_ = 0;
   int64_t kv_head_ = 0;
   const int32_t* pages_ = nullptr;
 };

@@ -149,7 +149,7 @@ class TreeTile {
         if (kTilesIn % kMembers != 0 && tile >= kTilesIn) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          weights()[4 * swizzled<kTokenChunks>(row(half), tile) + lane() % 4] = weight[i][half];
+          weights()[4 * swizzled<kTokenChunks>(row(half), member(), kMembers * i) + lane() % 4] = weight[i][half];
       }
       sync_members();
     }
@@ -170,7 +170,7 @@ class TreeTile {
         const int tile = member() + kMembers * i;
         if (kTilesIn % kMembers != 0 && tile >= kTilesIn) break;
         uint32_t b[4];
-        load_matrix_x4(b, keys + 16 * swizzled<kDimChunks>(8 * tile + lane() % 8, 4 * step + lane() / 8));
+        load_matrix_x4(b, keys + 16 * swizzled<kDimChunks>(8 * tile + lane() % 8, lane() / 8, 4 * step));
         mma_16816<T>(score[i], q_[2 * step], b[0], b[1]);
         mma_16816<T>(score[i], q_[2 * step + 1], b[2], b[3]);
       }
@@ -188,7 +188,7 @@ class TreeTile {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (kMembers > 1) {
-          const int place = swizzled<kTokenChunks>(16 * group() + lane() % 16, 2 * (2 * step + j) + lane() / 16);
+          const int place = swizzled<kTokenChunks>(16 * group() + lane() % 16, lane() / 16, 2 * (2 * step + j));
           load_matrix_x4(a[j], weights() + 4 * place);
         } else {
           // The result of a product is laid out as the first operand of another.
@@ -203,7 +203,7 @@ class TreeTile {
         const int tile = member() + kMembers * i;
         if (kTilesOut % kMembers != 0 && tile >= kTilesOut) break;
         uint32_t b[4];
-        load_matrix_x4_transposed(b, values + 16 * swizzled<kDimChunks>(32 * step + lane(), tile));
+        load_matrix_x4_transposed(b, values + 16 * swizzled<kDimChunks>(32 * step + lane(), member(), kMembers * i));
         mma_16816<T>(out_[i], a[0], b[0], b[1]);
         mma_16816<T>(out_[i], a[1], b[2], b[3]);
       }
