@@ -260,7 +260,7 @@ def auc(model: VerifierModel, samples: list) -> float:
                 scores += margins[:, -1].tolist()
         right += [task.answer_of(text.replace(models.STEP_TAG, "")) == problem.answer for problem, text, *_ in group]
     order = torch.tensor(scores).argsort().argsort().double() + 1
-    positive = torch.tensor(right)
+    positive = torch.tensor(right, dtype=torch.bool)
     wins = order[positive].sum() - positive.sum() * (positive.sum() + 1) / 2
     return (wins / (positive.sum() * (~positive).sum()).clamp(min=1)).item()
 
