@@ -48,6 +48,7 @@ help:
 	@echo "make lint      ruff and clang-format, which change nothing"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sanitize-cuda  the same for the CUDA kernels, on the host's emulation of a GPU"
+	@echo "make sanitize-cuda  the CUDA kernels' tests on an emulated GPU, under the same sanitizers"
 	@echo "make clean     remove what was built, except .venv"
 
 venv: $(READY)
@@ -61,10 +62,12 @@ REASONER = build/reasoner
 reasoner: $(READY)
 	$(PY) -m benchmarks.reasoner --out $(REASONER) $(ARGS)
 
-# Files side by side. Threads that wait must not spin then: more of them than cores would wait for one another.
+# Tests side by side, where pytest-xdist is there. Threads that wait must not spin then: more of them than cores would
+# wait for one another.
+side_by_side = $$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist $(1)")
+
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(PY) -m pytest \
-	$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist loadfile") $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest $(call side_by_side,loadfile) $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
@@ -96,9 +99,9 @@ sanitize: $(READY)
 	ls build/sanitize/tts_kernels/_C*.so
 	cd build/sanitize && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-	$(PY) -c 'import sys, pytest, tts_kernels._C as c; assert c.__file__.startswith("$(ROOT)/build/sanitize/"), c; sys.exit(pytest.main())' \
-	-c $(ROOT)/pyproject.toml --rootdir $(ROOT) -p no:faulthandler -p no:cacheprovider --capture=sys -v \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+	PYTHONPATH=$(ROOT)/build/sanitize $(PY) -c 'import sys, pytest, tts_kernels._C as c; assert c.__file__.startswith("$(ROOT)/build/sanitize/"), c; sys.exit(pytest.main())' \
+	-c $(ROOT)/pyproject.toml --rootdir $(ROOT) -p no:faulthandler -p no:cacheprovider --capture=sys $(call side_by_side,worksteal) \
 	-m "not gpu" -k "not reference and not inductor and not siblings and not triton and not cuda" $(ROOT)/tests/attention $(ROOT)/tests/scoring $(ARGS)
 
 # Of the emulated CUDA kernels an instrumented module in build/emulation: shared memory ends in poison there, and caches,
@@ -107,8 +110,8 @@ sanitize-cuda: $(READY)
 	$(PY) tests/emulation/build.py --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 TTS_EMULATION_SANITIZE=1 \
-	$(PY) -m pytest -p no:faulthandler -p no:cacheprovider --capture=sys -v -m "not gpu" \
-	-k "(cuda-cpu or test_emulation or test_orders or test_work_list) and not inductor and not siblings and not planted" tests/cuda tests/attention tests/scoring $(ARGS)
+	$(PY) -m pytest -p no:faulthandler -p no:cacheprovider --capture=sys $(call side_by_side,worksteal) -m "not gpu" \
+	-k "(cuda-cpu or cuda/) and not inductor and not siblings and not planted" tests/cuda tests/attention tests/scoring $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/native
