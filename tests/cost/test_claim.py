@@ -50,7 +50,8 @@ def test_table_holds_the_records_numbers(record):
         assert cells["greedy"][i] == claim.percent(system["greedy"])
         assert cells[f"any of {claim.N} (oracle)"][i] == claim.percent(claim.at(system, "pass", claim.N))
     assert cells[f"beam search {claim.N}"][0] == claim.NONE  # direct answers have no steps
-    assert cells[f"beam search {claim.N}"][1] == claim.percent(claim.at(record["systems"]["reasoner"], "beam_search", 16))
+    searched = claim.at(record["systems"]["reasoner"], "beam_search", claim.N)
+    assert cells[f"beam search {claim.N}"][1] == claim.percent(searched)
 
 
 def test_cost_table_holds_the_records_numbers(record):
@@ -60,42 +61,100 @@ def test_cost_table_holds_the_records_numbers(record):
     assert [row[2] for row in rows] == [f"{cost['tts_seconds']:.2f}" for cost in costs]
 
 
-def test_best_of_n_below_the_majority_is_said(other):
-    for point in other["systems"]["reasoner"]["curves"][BEST]:
-        point["value"] = 0.0
-    assert "Best-of-N is below the majority at N = 2, 4" in told(other)
-    for point in other["systems"]["reasoner"]["curves"][BEST]:
-        point["value"] = 1.0
-    assert "Best-of-N is above the majority at every N" in told(other)
+def put(point, value, spread=0.0):
+    point.update(value=value, low=value - spread, high=value + spread)
 
 
-def test_over_optimisation_is_said(other):
+def test_best_of_n_beside_the_majority_is_said(other):
+    curves = other["systems"]["reasoner"]["curves"]
+    for point in curves["majority"]:
+        put(point, 0.5, 0.02)
+    for value, said in ((0.4, "below"), (0.6, "above"), (0.51, "not clearly different from")):
+        for point in curves[BEST]:
+            put(point, value, 0.02)
+        assert f"Best-of-N is {said} the majority at every N from 2 to {other['n']}." in told(other)
+    put(curves[BEST][1], 0.6, 0.02)
+    put(curves[BEST][2], 0.4, 0.02)
+    said = (
+        "Best-of-N is above the majority at N = 2, below the majority at N = 4, not clearly different from the "
+        "majority at N = 8, 16"
+    )
+    assert said in told(other)
+
+
+def test_over_optimisation_is_said_where_intervals_part(other):
     points = other["systems"]["reasoner"]["curves"][BEST]
     for i, point in enumerate(points):
-        point["value"] = 0.5 + 0.01 * i
-    assert "Best-of-N still rises" in told(other)
-    points[-1]["value"] = 0.1
-    assert f"Best-of-N over-optimises: {100 * points[-2]['value']:.1f} at N = {points[-2]['n']}, 10.0" in told(other)
+        put(point, 0.5 + 0.05 * i, 0.01)
+    assert f"Best-of-N is highest at N = {points[-1]['n']}" in told(other)
+    peak = f"{100 * points[-2]['value']:.1f} at N = {points[-2]['n']}"
+    put(points[-1], points[-2]["value"] - 0.01, 0.01)
+    assert f"Best-of-N falls, with intervals that overlap: {peak}" in told(other)
+    put(points[-1], 0.1, 0.01)
+    assert f"Best-of-N over-optimises: {peak}, 10.0" in told(other)
 
 
-def test_external_scaling_that_replaces_the_internal_is_said(other):
-    for point in other["systems"]["direct"]["curves"]["pass"]:
-        point.update(value=1.0, low=0.99, high=1.0)
-    assert "does not replace" not in told(other)
-    assert "do not clearly beat" in told(other)
+def test_external_scaling_beside_the_internal_is_said(other):
+    direct, chain = other["systems"]["direct"]["curves"], other["systems"]["reasoner"]["curves"]["pass"][0]
+    greedy = other["systems"]["reasoner"]["greedy"]
+    put(chain, 0.5, 0.02)
+    put(greedy, 0.4, 0.02)
+    put(claim.at(other["systems"]["reasoner"], VOTE, claim.N), 0.8, 0.02)
+    for points in direct.values():
+        put(points[-1], 0.1, 0.02)
+    assert "does not replace" in told(other)
+    assert "Together they beat either" in told(other)
+    put(greedy, 0.79, 0.02)  # the better way to decode one chain is what has to be beaten
+    assert "Together they do not clearly beat either" in told(other)
+    put(greedy, 0.4, 0.02)
+    put(direct["majority"][-1], 0.49, 0.02)  # one good way to choose is enough
+    assert "apart, do not clearly differ: " in told(other)
+    put(direct["majority"][-1], 0.9, 0.02)
+    assert "External scaling alone beats the internal foundation alone" in told(other)
+    assert "by the majority, which does best" in told(other)
+    assert "Together they do not clearly beat either" in told(other)
+
+
+def test_what_beats_one_greedy_chain_is_said(other):
+    reasoner = other["systems"]["reasoner"]
+    put(reasoner["greedy"], 0.8, 0.02)
+    put(reasoner["curves"]["pass"][0], 0.6, 0.02)
+    for method, n in claim.methods("reasoner").values():
+        if method != "pass":
+            put(claim.at(reasoner, method, n), 0.81, 0.02)
+    assert "one chain, decoded greedily, is nothing; not so majority of 16, best of 16" in told(other)
+    put(claim.at(reasoner, VOTE, claim.N), 0.9, 0.02)
+    assert "is weighted vote of 16; not so majority of 16, best of 16, beam search 16, DVTS 16." in told(other)
+
+
+def test_a_verifier_that_tells_nothing_is_said(other):
+    curves = other["systems"]["direct"]["curves"]
+    put(curves["pass"][0], 0.02, 0.01)
+    best = claim.at(other["systems"]["direct"], f"best_of_n {claim.AGGREGATES['direct']}", other["n"])
+    put(best, 0.03, 0.01)
+    assert "verifier does not visibly tell right from wrong" in told(other)
+    put(best, 0.3, 0.01)
+    assert "verifier tells right from wrong" in told(other)
 
 
 @pytest.mark.parametrize("search", list(claim.SEARCHES))
-def test_a_search_that_pays_or_loses_is_said(other, search):
+def test_a_search_beside_the_vote_is_said(other, search):
     point = claim.at(other["systems"]["reasoner"], search, claim.N)
-    title = claim.SEARCHES[search]
-    title = title[0].upper() + title[1:]
-    point.update(value=1.0, low=0.9999, high=1.0)
-    assert f"{title} with {claim.N} candidates pays" in told(other)
-    point.update(value=0.0, low=0.0, high=0.0)
-    assert f"{title} with {claim.N} candidates loses" in told(other)
-    point.update(claim.at(other["systems"]["reasoner"], VOTE, claim.N) | {"tokens": 1.0})
-    assert f"{title} with {claim.N} candidates is no better" in told(other)
+    title = f"{claim.sentence_case(claim.SEARCHES[search])} with {claim.N} candidates"
+    put(claim.at(other["systems"]["reasoner"], VOTE, claim.N), 0.5, 0.02)
+    put(point, 0.6, 0.02)
+    assert f"{title} beats" in told(other)
+    put(point, 0.4, 0.02)
+    assert f"{title} loses to" in told(other)
+    put(point, 0.51, 0.02)
+    assert f"{title} is not clearly different from" in told(other)
+
+
+def test_changes_on_top_of_the_commit_are_said(other):
+    other["commit"]["dirty"] = True
+    assert "with changes" in claim.provenance(other)
+    other["commit"]["dirty"] = False
+    assert "with changes" not in claim.provenance(other)
 
 
 @pytest.mark.parametrize("text, said", [("{", "expected JSON"), ("{}", "field problems"), ("[]", "field problems")])
@@ -110,6 +169,15 @@ def test_read_names_a_system_that_is_missing(tmp_path, record):
     path = tmp_path / "record.json"
     path.write_text(json.dumps({**record, "systems": {"reasoner": record["systems"]["reasoner"]}}))
     with pytest.raises(ValueError, match=r"systems\.direct\.curves"):
+        claim.read(path)
+
+
+def test_read_names_the_points_that_fewer_samples_lack(tmp_path, other):
+    for points in other["systems"]["reasoner"]["curves"].values():
+        points[:] = [point for point in points if point["n"] < claim.N]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=f"majority of {claim.N} of systems.reasoner"):
         claim.read(path)
 
 

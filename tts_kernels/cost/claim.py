@@ -16,7 +16,9 @@ from . import figures
 from .sections import Section, Table
 from .table import markdown, ratio
 
-BEGIN = "<!-- claim: begin, written by `tts-kernels report --readme README.md --claim benchmarks/reasoner/results.json` -->"
+BEGIN = (
+    "<!-- claim: begin, written by `tts-kernels report --readme README.md --claim benchmarks/reasoner/results.json` -->"
+)
 END = "<!-- claim: end -->"
 FIGURE = "docs/reasoner.svg"
 N = 16  # samples of a table's row
@@ -24,6 +26,7 @@ SYSTEMS = {"direct": "direct", "reasoner": "chain of thought"}
 # The aggregates that the verifiers' recipes take by default, chosen before anything was measured.
 AGGREGATES = {"direct": "last", "reasoner": "prod"}
 SEARCHES = {"beam_search": "beam search", "dvts": "DVTS"}
+ANSWERS = 100  # that the task has: what guessing gives follows from it
 NONE = "-"
 
 
@@ -40,6 +43,10 @@ def read(path: str | Path) -> dict[str, Any]:
         for key in ("curves", "greedy", "costs", "tokens"):
             if key not in record["systems"].get(name, {}):
                 fail(str(path), f"a record with systems.{name}.{key}", "one without it")
+        for title, (method, n) in methods(name).items():
+            searched = method in SEARCHES
+            if not (searched and name == "direct") and at(record["systems"][name], method, n) is None:
+                fail(str(path), f"a record with {title} of systems.{name}", f"one without it, of n = {record['n']}")
     return record
 
 
@@ -60,6 +67,16 @@ def methods(name: str) -> dict[str, tuple[str, int]]:
         f"beam search {N}": ("beam_search", N),
         f"DVTS {N}": ("dvts", N),
         f"any of {N} (oracle)": ("pass", N),
+    }
+
+
+def choices(name: str) -> dict[str, str]:
+    """Ways to choose among the samples of a system, and their curves in the record."""
+    aggregate = AGGREGATES[name]
+    return {
+        "the majority": "majority",
+        "best-of-N": f"best_of_n {aggregate}",
+        "the weighted vote": f"weighted_vote {aggregate}",
     }
 
 
@@ -102,65 +119,102 @@ def cost_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def findings(record: Mapping[str, Any]) -> list[str]:
-    """What held and what did not, a sentence each, by comparing the record's numbers."""
+    """What held and what did not, a sentence each, by comparing the record's numbers. Only where two intervals do not
+    overlap is one point said to be above or below the other."""
     direct, reasoner = (record["systems"][name] for name in SYSTEMS)
-    aggregate = AGGREGATES["reasoner"]
     most = record["n"]
-    vote, single = f"weighted_vote {aggregate}", at(reasoner, "pass", 1)
-    found = []
-    external, internal = at(direct, f"weighted_vote {AGGREGATES['direct']}", most), single
-    oracle = at(direct, "pass", most)
-    found.append(
-        f"External scaling does not replace the internal foundation: {most} direct answers and their verifier give "
-        f"{percent(external)}, one chain of thought {percent(internal)}; even an oracle over the {most} direct answers "
-        f"gives {percent(oracle)}."
-        if oracle["high"] < internal["low"]
-        else f"External scaling alone, {most} direct answers and their verifier: {percent(external)}, an oracle over "
-        f"them {percent(oracle)}; one chain of thought: {percent(internal)}."
+    of_direct, of_chains = choices("direct"), choices("reasoner")
+    answer = at(direct, "pass", 1)
+    decoded = {"decoded greedily": reasoner["greedy"], "sampled": at(reasoner, "pass", 1)}
+    how, chain = max(decoded.items(), key=lambda pair: pair[1]["value"])  # the better one is what has to be beaten
+    # The choice that does best for the direct answers, with hindsight: in favour of what is found wanting.
+    shown, external = max(
+        ((shown, at(direct, key, most)) for shown, key in of_direct.items()), key=lambda pair: pair[1]["value"]
     )
-    both = at(reasoner, vote, N)
-    verb = "beat" if both["low"] > max(single["high"], at(direct, "pass", N)["high"]) else "do not clearly beat"
+    verdict = {
+        -1: "External scaling does not replace the internal foundation",
+        0: "External scaling and the internal foundation, apart, do not clearly differ",
+        1: "External scaling alone beats the internal foundation alone",
+    }[compare(external, chain)]
+    found = [f"{verdict}: {most} direct answers give {percent(external)} by {shown}, which does best, one chain of "
+             f"thought {percent(chain)}, {how}."]  # fmt: skip
+    best = at(direct, of_direct["best-of-N"], most)
+    told = "tells right from wrong" if compare(best, answer) > 0 else "does not visibly tell right from wrong"
+    found.append(
+        f"The direct answers' verifier {told}: the best of {most} gives {percent(best)}, one answer {percent(answer)}. "
+        f"The right answer is among the {most} for {percent(at(direct, 'pass', most))} of the problems; {most} guesses "
+        f"among the {ANSWERS} answers that there are would hold it for {100 * (1 - (1 - 1 / ANSWERS) ** most):.1f}."
+    )
+    both = at(reasoner, of_chains["the weighted vote"], N)
+    verb = "beat" if compare(both, chain) > 0 and compare(both, external) > 0 else "do not clearly beat"
     found.append(f"Together they {verb} either: a weighted vote of {N} chains gives {percent(both)}.")
-    counts = [point["n"] for point in reasoner["curves"]["majority"] if point["n"] > 1]
-    for shown, key in (("best-of-N", f"best_of_n {aggregate}"), ("the weighted vote", vote)):
-        losing = [n for n in counts if at(reasoner, key, n)["value"] < at(reasoner, "majority", n)["value"]]
-        found.append(
-            f"{shown[0].upper()}{shown[1:]} is below the majority at N = {', '.join(map(str, losing))}."
-            if losing
-            else f"{shown[0].upper()}{shown[1:]} is above the majority at every N from {counts[0]} to {counts[-1]}."
-        )
-    points = reasoner["curves"][f"best_of_n {aggregate}"]
-    best = max(points, key=lambda point: point["value"])
-    last = points[-1]
+    spent = {title: at(reasoner, *key) for title, key in methods("reasoner").items() if key[0] != "pass"}
+    above = [title for title, point in spent.items() if compare(point, chain) > 0]
+    rest = [title for title in spent if title not in above]
     found.append(
-        f"Best-of-N over-optimises: {100 * best['value']:.1f} at N = {best['n']}, {100 * last['value']:.1f} at "
-        f"N = {last['n']}."
-        if last["value"] < best["value"]
-        else f"Best-of-N still rises at N = {last['n']}: {100 * last['value']:.1f}."
+        f"Clearly above one chain, {how}, {'are' if len(above) > 1 else 'is'} {', '.join(above) or 'nothing'}"
+        + (f"; not so {', '.join(rest)}." if rest else ".")
     )
+    for shown in ("best-of-N", "the weighted vote"):
+        found.append(f"{sentence_case(shown)} {against_majority(reasoner, of_chains[shown])}.")
+    found.append(f"Best-of-N {over_samples(reasoner['curves'][of_chains['best-of-N']])}.")
     for key, shown in SEARCHES.items():
         point = at(reasoner, key, N)
-        word = "pays" if point["low"] > both["high"] else "loses" if point["high"] < both["low"] else "is no better"
-        beside = "than" if word == "is no better" else "against"
+        word = {-1: "loses to", 0: "is not clearly different from", 1: "beats"}[compare(point, both)]
         found.append(
-            f"{shown[0].upper()}{shown[1:]} with {N} candidates {word} {beside} a weighted vote of {N}: "
+            f"{sentence_case(shown)} with {N} candidates {word} a weighted vote of {N}: "
             f"{percent(point)}, for {point['tokens']:.0f} sampled tokens where {N} samples take "
             f"{N * reasoner['tokens']:.0f}."
         )
     return found
 
 
+def compare(a: Mapping[str, float], b: Mapping[str, float]) -> int:
+    """1 where a's interval lies above b's, -1 where below, 0 where they overlap."""
+    return (a["low"] > b["high"]) - (a["high"] < b["low"])
+
+
+def sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def against_majority(system: Mapping[str, Any], key: str) -> str:
+    """At which N a method is above the majority, and at which below."""
+    counts = [point["n"] for point in system["curves"]["majority"] if point["n"] > 1]
+    ways = {n: compare(at(system, key, n), at(system, "majority", n)) for n in counts}
+    told = {1: "above the majority", -1: "below the majority", 0: "not clearly different from the majority"}
+    if len(set(ways.values())) == 1:
+        return f"is {told[ways[counts[0]]]} at every N from {counts[0]} to {counts[-1]}"
+    return "is " + ", ".join(
+        f"{told[way]} at N = {', '.join(str(n) for n in counts if ways[n] == way)}"
+        for way in told
+        if way in ways.values()
+    )
+
+
+def over_samples(points: list[Mapping[str, float]]) -> str:
+    """Where a curve is highest, and what it has at its end."""
+    best, last = max(points, key=lambda point: point["value"]), points[-1]
+    if last["value"] == best["value"]:
+        return f"is highest at N = {last['n']}, the most that was measured: {100 * last['value']:.1f}"
+    told = f"{100 * best['value']:.1f} at N = {best['n']}, {100 * last['value']:.1f} at N = {last['n']}"
+    return f"over-optimises: {told}" if compare(last, best) < 0 else f"falls, with intervals that overlap: {told}"
+
+
 def words(record: Mapping[str, Any]) -> str:
-    machine = record["machine"]
+    machine, costs = record["machine"], record["systems"]["reasoner"]["costs"]
     return (
         f"{record['problems']} held-out problems, temperature {record['temperature']}; intervals: 95%, bootstrap over "
-        f"problems. Candidates are ranked by the {AGGREGATES['reasoner']} of their steps, as the recipe says, those of "
-        f"the searches by the last step. Seconds: {machine['cpu']}, {machine['threads']} threads, fp32, {record['date']}."
+        f"problems. A curve's value is over all choices of N of {record['n']} samples, that of a weighted vote over "
+        f"1,000 drawn ones where there are many; a search ran once for each problem. Chains are ranked by the "
+        f"{AGGREGATES['reasoner']} of their steps, as the verifier's recipe says, those of the searches by the last "
+        f"step. Seconds: means of {costs[0]['problems']} queries, {machine['cpu']}, {machine['threads']} threads, fp32,"
+        f" {record['date']}."
     )
 
 
 def provenance(record: Mapping[str, Any]) -> str:
-    commit = record["commit"]["id"][:10]
+    commit = record["commit"]["id"][:10] + (" with changes" if record["commit"].get("dirty") else "")
     return f"measured: benchmarks/reasoner · commit {commit} · {record['machine']['cpu']} · {record['date']}"
 
 
