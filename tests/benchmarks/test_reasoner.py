@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers  # noqa: E402
+import transformers
 
-from benchmarks.reasoner import __main__ as pipeline  # noqa: E402
-from benchmarks.reasoner import evaluate, models, sample, task, train_verifier  # noqa: E402
-from tts_kernels import Verifier  # noqa: E402
-from tts_kernels.cost import claim  # noqa: E402
-from tts_kernels.cost.traces import Traces  # noqa: E402
+from benchmarks.reasoner import __main__ as pipeline
+from benchmarks.reasoner import evaluate, models, sample, task, train_verifier
+from tts_kernels import Verifier
+from tts_kernels.cost import claim
+from tts_kernels.cost.traces import Traces
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +89,7 @@ def test_changed_chains_have_one_first_error_and_go_on_from_it():
         for line, after in zip(steps[first + 1 : -1], steps[first + 2 :]):
             _, before, op, operand, value = task.STEP.fullmatch(line).groups()
             assert f"{task.apply(int(before), op, int(operand)):02}" == value
-            assert value in after
+            assert after[1:3] == value
 
 
 def test_a_prefix_is_right_up_to_its_first_slip():
@@ -209,15 +209,22 @@ def test_the_evaluation_is_reproduced_on_the_first_problems(kind, record):
     again = evaluate.check(kind)
     before = record["systems"][kind]["check"]
     assert again.keys() == before.keys()
+    slack = 2 / evaluate.CHECK_PROBLEMS
     for method, points in again.items():
         for new, old in zip(points, before[method], strict=True):
-            assert old["low"] <= new["value"] <= old["high"], (method, new, old)
+            # An interval of 0 width, where no problem was solved, leaves no room for another machine's last bits.
+            assert old["low"] - slack <= new["value"] <= old["high"] + slack, (method, new, old)
 
 
 def test_the_record_is_whole(record):
     assert record["problems"] >= 500
     assert record["n"] == 64
-    assert {row["n"] for row in record["systems"]["reasoner"]["costs"]} >= {1, 4, 16, 64}
+    assert {row["n"] for row in record["systems"]["reasoner"]["costs"]} >= set(evaluate.COUNTS)
     for kind in evaluate.RECIPES:
         traces = Traces.read(evaluate.HERE / "traces" / f"{kind}.jsonl")
         assert len(traces.questions) == record["problems"]
+        # Of the same run: the traces' share of right samples is, up to the samples that were not kept, the record's.
+        system, kept = record["systems"][kind], traces.samples_per_question
+        assert traces.accuracy(1, "pass").value == pytest.approx(system["curves"]["pass"][0]["value"], abs=0.02)
+        assert {row["n"] for row in system["costs"]} <= {point["n"] for point in system["curves"]["pass"]}
+        assert kept >= claim.N
