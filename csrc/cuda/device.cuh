@@ -191,45 +191,23 @@ TTS_DEVICE float widen<BF16>(uint16_t x) {
   return float_of(uint32_t(x) << 16);
 }
 
-// Four e4m3 numbers to two pairs of T, exact. The seven bits below the sign, moved to where T has its exponent, are the
-// number times 2^-8 (F16) or 2^-120 (BF16), subnormal ones too: one exact product. From sm_89 on F16 has an instruction.
-template <typename T>
-TTS_DEVICE void widen_e4m3x4(uint32_t bits, uint32_t& low2, uint32_t& high2);
-
-// All ones in the halves of a word whose byte (2 pair, 2 pair + 1) of `bits` is NaN: prmt, spreading the sign.
-TTS_DEVICE uint32_t e4m3_nan_mask(uint32_t bits, int pair) {
-  const uint32_t is_nan = (bits & 0x7f7f7f7fu) + 0x01010101u;  // bit 7 of each byte
-  return __byte_perm(is_nan, 0, pair == 0 ? 0x9988 : 0xbbaa);
+// prmt: byte i of the result is the byte of x that digit i of `select` names (0 to 3), 0 where the digit is 4 to 7; 8 to
+// 11 name bytes 0 to 3 too, and take their sign eight times. __byte_perm knows digits 0 to 7 alone.
+TTS_DEVICE uint32_t byte_permute(uint32_t x, uint32_t select) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(select));
+  return y;
 }
-
-template <>
-TTS_DEVICE void widen_e4m3x4<F16>(uint32_t bits, uint32_t& low2, uint32_t& high2) {
-#if __CUDA_ARCH__ >= 890
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(low2) : "h"(uint16_t(bits)));
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(high2) : "h"(uint16_t(bits >> 16)));
-#else
-  const uint32_t spread[2] = {__byte_perm(bits, 0, 0x1404), __byte_perm(bits, 0, 0x3424)};  // bytes to high bytes
-  uint32_t wide[2];
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t scaled = (spread[i] & 0x80008000u) | ((spread[i] & 0x7f007f00u) >> 1);
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(wide[i]) : "r"(scaled), "r"(0x5c005c00u));  // 2^8
-    wide[i] |= e4m3_nan_mask(bits, i) & 0x7fff7fffu;
-  }
-  low2 = wide[0], high2 = wide[1];
-#endif
+// Of pairs, rounded once, subnormal numbers as they are: mul.rn.f16x2; fma.rn.bf16x2.
+TTS_DEVICE uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
 }
-template <>
-TTS_DEVICE void widen_e4m3x4<BF16>(uint32_t bits, uint32_t& low2, uint32_t& high2) {
-  const uint32_t spread[2] = {__byte_perm(bits, 0, 0x1404), __byte_perm(bits, 0, 0x3424)};
-  uint32_t wide[2];
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t scaled = (spread[i] & 0x80008000u) | ((spread[i] & 0x7f007f00u) >> 4);
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;"  // times 2^120; bf16 has no product of its own on sm_80
-        : "=r"(wide[i])
-        : "r"(scaled), "r"(0x7b807b80u), "r"(0x80008000u));
-    wide[i] |= e4m3_nan_mask(bits, i) & 0x7fff7fffu;
-  }
-  low2 = wide[0], high2 = wide[1];
+TTS_DEVICE uint32_t multiply_add_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
 }
 
 // Approximations in one instruction. Subnormal arguments and results are zero. exp2_fast(0) = 1, exp2_fast(-inf) = 0,
@@ -328,3 +306,46 @@ TTS_DEVICE int32_t atomic_max(int32_t* p, int32_t x) { return atomicMax(p, x); }
 
 }  // namespace tts
 #endif
+
+// What is made of the functions above, on the emulated machine too.
+namespace tts {
+
+// Four e4m3 numbers to two pairs of T, exact. The seven bits below the sign, moved to where T has its exponent, are the
+// number times 2^-8 (F16) or 2^-120 (BF16), subnormal ones too: one exact product. From sm_89 on F16 has an instruction.
+template <typename T>
+TTS_DEVICE void widen_e4m3x4(uint32_t bits, uint32_t& low2, uint32_t& high2);
+
+// Bytes 2 pair and 2 pair + 1 of four, as the high bytes of the halves of a word.
+TTS_DEVICE uint32_t e4m3_pair(uint32_t bits, int pair) { return byte_permute(bits, pair == 0 ? 0x1404 : 0x3424); }
+// NaN in each half whose byte is that, else 0.
+TTS_DEVICE uint32_t e4m3_nan(uint32_t bits, int pair) {
+  const uint32_t is_nan = (bits & 0x7f7f7f7fu) + 0x01010101u;  // the sign of each byte
+  return byte_permute(is_nan, pair == 0 ? 0x9988 : 0xbbaa) & 0x7fff7fffu;
+}
+
+template <>
+TTS_DEVICE void widen_e4m3x4<F16>(uint32_t bits, uint32_t& low2, uint32_t& high2) {
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(low2) : "h"(uint16_t(bits)));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(high2) : "h"(uint16_t(bits >> 16)));
+#else
+  uint32_t wide[2];
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t pair = e4m3_pair(bits, i), scaled = (pair & 0x80008000u) | ((pair & 0x7f007f00u) >> 1);
+    wide[i] = multiply_f16x2(scaled, 0x5c005c00u) | e4m3_nan(bits, i);  // times 2^8
+  }
+  low2 = wide[0], high2 = wide[1];
+#endif
+}
+template <>
+TTS_DEVICE void widen_e4m3x4<BF16>(uint32_t bits, uint32_t& low2, uint32_t& high2) {
+  uint32_t wide[2];
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t pair = e4m3_pair(bits, i), scaled = (pair & 0x80008000u) | ((pair & 0x7f007f00u) >> 4);
+    // Times 2^120, and -0 to it; bf16 has no product of its own on sm_80.
+    wide[i] = multiply_add_bf16x2(scaled, 0x7b807b80u, 0x80008000u) | e4m3_nan(bits, i);
+  }
+  low2 = wide[0], high2 = wide[1];
+}
+
+}  // namespace tts

@@ -25,7 +25,7 @@ struct Convert {
   const float* wide;    // [size]
   uint16_t* narrow;     // [2, size]: f16, bf16
   float* from_16;       // [2, 65536]
-  uint16_t* from_e4m3;  // [2, 256]
+  uint16_t* from_e4m3;  // [2, 4, 256]: from each byte of a word
   int32_t size;
 };
 
@@ -37,11 +37,13 @@ __device__ void convert_as(const Convert& p, int which) {
     if (uint16_t(both) != narrow<T>(p.wide[i]) || both >> 16 != narrow<T>(1.0f)) p.narrow[which * p.size + i] = 0x1234;
   }
   for (int i = thread_index(); i < 65536; i += block_size()) p.from_16[which * 65536 + i] = widen<T>(uint16_t(i));
-  for (int i = 4 * thread_index(); i < 256; i += 4 * block_size()) {
-    uint32_t low, high;
-    widen_e4m3x4<T>(uint32_t(i) * 0x01010101u + 0x03020100u, low, high);
-    const uint16_t four[4] = {uint16_t(low), uint16_t(low >> 16), uint16_t(high), uint16_t(high >> 16)};
-    for (int j = 0; j < 4; ++j) p.from_e4m3[which * 256 + i + j] = four[j];
+  for (int i = thread_index(); i < 256; i += block_size()) {
+    for (int at = 0; at < 4; ++at) {
+      uint32_t bits = 0, low, high;
+      for (int j = 0; j < 4; ++j) bits |= uint32_t(i + j - at & 255) << (8 * j);  // beside what else there is
+      widen_e4m3x4<T>(bits, low, high);
+      p.from_e4m3[(which * 4 + at) * 256 + i] = uint16_t((at < 2 ? low : high) >> (at % 2 * 16));
+    }
   }
 }
 

@@ -181,11 +181,27 @@ template <typename T>
 uint32_t pack2(float low, float high) {
   return uint32_t(narrow<T>(low)) | uint32_t(narrow<T>(high)) << 16;
 }
-template <typename T>
-void widen_e4m3x4(uint32_t bits, uint32_t& low2, uint32_t& high2) {
-  float x[4];
-  for (int i = 0; i < 4; ++i) x[i] = emulation::widen_e4m3(uint8_t(bits >> (8 * i)));
-  low2 = pack2<T>(x[0], x[1]), high2 = pack2<T>(x[2], x[3]);
+inline uint32_t byte_permute(uint32_t x, uint32_t select) {
+  uint32_t y = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = select >> (4 * i) & 15u, from = digit & 7u;
+    uint32_t byte = from < 4 ? x >> (8 * from) & 255u : 0u;
+    if (digit & 8u) byte = byte & 128u ? 255u : 0u;
+    y |= byte << (8 * i);
+  }
+  return y;
+}
+inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
+  return pack2<F16>(widen<F16>(uint16_t(a)) * widen<F16>(uint16_t(b)),
+                    widen<F16>(uint16_t(a >> 16)) * widen<F16>(uint16_t(b >> 16)));
+}
+// Rounded twice where fp32 does not hold the result.
+inline uint32_t multiply_add_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto half = [=](int shift) {
+    return std::fma(widen<BF16>(uint16_t(a >> shift)), widen<BF16>(uint16_t(b >> shift)),
+                    widen<BF16>(uint16_t(c >> shift)));
+  };
+  return pack2<BF16>(half(0), half(16));
 }
 
 namespace emulation {

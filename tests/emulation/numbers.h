@@ -1,4 +1,4 @@
-// 16-bit and 8-bit floating-point numbers as bits, by their formats. Which format: the tags of device.cuh.
+// 16-bit floating-point numbers as bits, by their formats. Which format: the tags of device.cuh.
 #pragma once
 
 #include <cstdint>
@@ -42,13 +42,6 @@ inline uint16_t narrow_bf16(float x) {
   const uint32_t bits = to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-// e4m3: 4 bits of exponent, bias 7; no infinities, all ones is NaN.
-inline float widen_e4m3(uint8_t x) {
-  const uint32_t magnitude = x & 0x7fu, sign = uint32_t(x & 0x80u) << 24;
-  if (magnitude == 0x7fu) return from_bits(sign | 0x7fffffffu);
-  return from_bits(sign | to_bits(from_bits(magnitude << 20) * 0x1p120f));
 }
 
 }  // namespace tts::emulation
