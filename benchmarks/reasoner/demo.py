@@ -4,7 +4,6 @@ right or wrong, beside what the evaluation measured for the same way of answerin
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from tts_kernels.cost import claim
@@ -13,6 +12,12 @@ from tts_kernels.search import SearchResult, beam_search, majority, weighted_vot
 from . import evaluate, models, task
 
 WORST = 0.5  # a step below it is marked
+INTRO = """
+A reasoner of {parameters:.1f} M parameters and its process reward model, on programs that they have not seen.
+85a-65b+21> is: begin with 85, take 65 away (step a), add 21 (step b), all modulo 100. A chain of thought writes the
+register before and after each step, and #41 for its answer. For each problem: which answers {n} chains give; the chain
+that the weighted vote chose, with the verifier's score of each step (? where it is below {worst}); and what five ways of
+answering give."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -21,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
     policy, verifier = evaluate.load("reasoner")
     direct, _ = evaluate.load("direct")
     parameters = models.load_policy(models.WEIGHTS / "reasoner").num_parameters() / 1e6
-    print(f"\nA reasoner of {parameters:.1f} M parameters and its process reward model on held-out problems, N = {args.n}")
+    print(INTRO.format(parameters=parameters, n=args.n, worst=WORST))
     right = dict.fromkeys(("one direct answer", "one chain", "majority", "weighted vote", "beam search"), 0)
     for number, problem in enumerate(problems, args.first):
         options = {"seed": number, **evaluate.OPTIONS}
@@ -38,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         for name, candidate in results.items():
             right[name] += candidate is not None and candidate.answer == problem.answer
         show(problem, votes, results)
-    report(record, right, len(problems), args.n)
+    report(record, right, len(problems), args)
     return 0
 
 
@@ -69,16 +74,17 @@ def show(problem: task.Problem, votes: SearchResult, results: dict) -> None:
     print(f"  {'; '.join(said)}")
 
 
-def report(record: dict, right: dict[str, int], count: int, n: int) -> None:
-    direct, reasoner = record["systems"]["direct"], record["systems"]["reasoner"]
+def report(record: dict, right: dict[str, int], count: int, args: argparse.Namespace) -> None:
+    direct, reasoner, n = record["systems"]["direct"], record["systems"]["reasoner"], args.n
+    searched = claim.at(reasoner, "beam_search", n)
     measured = {
         "one direct answer": claim.at(direct, "pass", 1),
         "one chain": claim.at(reasoner, "pass", 1),
         "majority": claim.at(reasoner, "majority", n),
         "weighted vote": claim.at(reasoner, f"weighted_vote {claim.AGGREGATES['reasoner']}", n),
-        "beam search": claim.at(reasoner, "beam_search", n),
+        "beam search": searched if searched and searched["width"] == args.width else None,
     }
-    print(f"\n{'':22}{'right here':>14}   accuracy in % on {record['problems']} problems (95% interval)")
+    print(f"\n{f'N = {n}':22}{'right here':>14}   accuracy in % on {record['problems']} problems (95% interval)")
     for name, hits in right.items():
         print(f"{name:22}{f'{hits} of {count}':>14}   {claim.percent(measured[name])}")
 
@@ -91,7 +97,18 @@ def arguments() -> argparse.Namespace:
     add("--n", type=int, default=16, help="samples, and candidates of the beam search (default %(default)s)")
     add("--width", type=int, default=4, help="beams that are kept (default %(default)s)")
     add("--results", type=Path, default=evaluate.HERE / "results.json", help="the evaluation's record")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, least, most in (("n", 1, 1024), ("problems", 1, task.SIZES["test"]), ("first", 0, task.SIZES["test"] - 1),
+                              ("width", 1, args.n)):  # fmt: skip
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name}: expected {least} to {most}, got {getattr(args, name)}")
+    if args.n % args.width:
+        parser.error(f"--n: expected a multiple of --width, {args.width}, got {args.n}")
+    if not args.results.is_file():
+        parser.error(
+            f"--results: expected a file, as python -m benchmarks.reasoner.evaluate writes it, got {args.results}"
+        )
+    return args
 
 
 if __name__ == "__main__":
