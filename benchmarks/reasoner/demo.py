@@ -16,8 +16,8 @@ INTRO = """
 A reasoner of {parameters:.1f} M parameters and its process reward model, on programs that they have not seen.
 85a-65b+21> is: begin with 85, take 65 away (step a), add 21 (step b), all modulo 100. A chain of thought writes the
 register before and after each step, and #41 for its answer. For each problem: which answers {n} chains give; the chain
-that the weighted vote chose, with the verifier's score of each step (? where it is below {worst}); and what five ways of
-answering give."""
+that the weighted vote chose, with the verifier's score of each step (? where it is below {worst}); and what five ways
+of answering give."""
 
 
 def main(args: argparse.Namespace) -> int:
