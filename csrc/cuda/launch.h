@@ -42,6 +42,7 @@ template <typename P>
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -54,6 +55,14 @@ inline void check_cuda(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // an error that is not sticky would come back from the next launch, whosever it is
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+// What the driver knows, and what this module is linked with: 1000 major + 10 minor. 0 where there is no driver.
+inline std::array<int, 2> cuda_versions() {
+  int driver = 0, runtime = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check_cuda(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  return {driver, runtime};
 }
 
 inline int current_device() {
@@ -100,13 +109,17 @@ inline int multiprocessor_count(int device) {
 
 constexpr int64_t kSharedBytesByDefault = 48 << 10;  // more must be asked for, for each kernel and device
 
-template <typename P>
-cudaError_t allow_shared_bytes(void (*kernel)(P), int64_t bytes, int device) {
+// cudaFuncSetAttribute sets the limit, whatever it was, and a launch above it fails: here it only rises.
+inline cudaError_t allow_shared_bytes(const void* entry, int64_t bytes, int device) {
   if (bytes <= kSharedBytesByDefault) return cudaSuccess;
-  const void* entry = reinterpret_cast<const void*>(kernel);
-  return cudaError_t(remembered({device, entry, 0, bytes}, [&] {
-    return int(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-  }));
+  static std::mutex mutex;  // not that of `remembered`, which asks for this
+  static std::map<std::pair<int, const void*>, int64_t> allowed;
+  std::lock_guard<std::mutex> lock(mutex);
+  int64_t& most = allowed[{device, entry}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
 }
 
 // How many blocks of the kernel a multiprocessor of the current device holds; 0 where one is too large.
@@ -115,7 +128,7 @@ int blocks_per_multiprocessor(void (*kernel)(P), int block, int64_t shared_bytes
   const int device = current_device();
   return remembered({device, reinterpret_cast<const void*>(kernel), block, shared_bytes}, [&] {
     int blocks = 0;
-    check_cuda(allow_shared_bytes(kernel, shared_bytes, device), "cudaFuncSetAttribute");
+    check_cuda(allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, device), "cudaFuncSetAttribute");
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, size_t(shared_bytes)),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return blocks;
@@ -127,11 +140,12 @@ template <typename P>
 void launch(void (*kernel)(P), const Launch& at, const P& params) {
   if (at.grid == 0) return;
   if (at.grid < 0 || at.grid > INT32_MAX) fail_launch(at, params, "too many blocks");
-  cudaError_t error = allow_shared_bytes(kernel, at.shared_bytes, current_device());
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = allow_shared_bytes(entry, at.shared_bytes, current_device());
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(at.grid)), dim3(unsigned(at.block)),
-                             arguments, size_t(at.shared_bytes), reinterpret_cast<cudaStream_t>(at.stream));
+    error = cudaLaunchKernel(entry, dim3(unsigned(at.grid)), dim3(unsigned(at.block)), arguments,
+                             size_t(at.shared_bytes), reinterpret_cast<cudaStream_t>(at.stream));
   }
   if (error == cudaSuccess) return;
   cudaGetLastError();
