@@ -152,7 +152,8 @@ TTS_DEVICE void select_in_group(const CudaSelectParams& p, int64_t group, uint64
         if (other > before && other < key) key = other, place = i;
       }
       const uint64_t first = least_of_block(key, least);
-      if (first == kNoKey ? thread_index() == 0 : first == key) write(rank, first, vote ? at.nominees[place] : place);
+      if (first == kNoKey ? thread_index() == 0 : first == key)
+        write(rank, first, vote && first != kNoKey ? at.nominees[place] : place);
       before = first;
     }
   }
