@@ -50,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef TTS_EMULATED
   m.def("cuda_emulation_seed", &tts::cuda_emulation_seed, py::arg("seed"), py::arg("multiprocessors") = 3,
         py::arg("most_turns") = 2'000'000'000);
+#elif defined(TTS_HAVE_CUDA)
+  m.def("cuda_versions", &tts::cuda_versions);
 #endif
 #ifdef TTS_NO_CUDA
   m.attr("no_cuda") = TTS_NO_CUDA;  // why there are no cuda_ functions

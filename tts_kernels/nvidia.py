@@ -20,22 +20,32 @@ def reasons_of(native: ModuleType | None, function: str, *tensors: Tensor) -> li
         return [f"its kernels are emulated, on CPU tensors, got one on {t.device}" for t in wrong[:1]]
     if tensors and tensors[0].device.type != "cuda":
         return [f"it runs on CUDA tensors, got one on {tensors[0].device}"]
-    return device_reasons(native.cuda_archs, tensors[0].device if tensors else None)
+    return device_reasons(native, tensors[0].device if tensors else None)
 
 
 @functools.cache
-def device_reasons(archs: str, device: torch.device | None) -> list[str]:
-    """archs: what the module was built for, "80 90a 100a"."""
+def device_reasons(native: ModuleType, device: torch.device | None) -> list[str]:
     if torch.version.hip:
         return ["it runs on NVIDIA GPUs, and this torch is for AMD's"]
     if not torch.cuda.is_available():
         return ["torch finds no CUDA device"]
     capability = torch.cuda.get_device_capability(device)
-    names = archs.split()
-    if any(runs(arch, capability) for arch in names) or has_ptx_for(names, capability):
-        return []
-    names = ", ".join(f"sm_{arch}" for arch in names)
+    archs = native.cuda_archs.split()  # what the module was built for: 80, 90a, 100a
+    has_code = any(runs(arch, capability) for arch in archs)
+    if has_code or has_ptx_for(archs, capability):
+        return driver_reasons(*native.cuda_versions(), has_code)
+    names = ", ".join(f"sm_{arch}" for arch in archs)
     return [f"it was built for {names}, and the device is of sm_{capability[0]}{capability[1]}"]
+
+
+def driver_reasons(driver: int, runtime: int, has_code: bool) -> list[str]:
+    """Versions are 1000 major + 10 minor. torch brings a runtime of its own, which may be content with an older driver:
+    any of the major version will do, and for PTX alone one of the minor version too."""
+    enough = runtime // 1000 * 1000 if has_code else runtime
+    if driver >= enough:
+        return []
+    needed, known = (f"{version // 1000}.{version % 1000 // 10}" for version in (enough, driver))
+    return [f"it was built with a CUDA that needs a driver for {needed}, and the driver is for {known}"]
 
 
 def runs(arch: str, capability: tuple[int, int]) -> bool:
@@ -57,3 +67,11 @@ def place(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         return 0, 0
     return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def captures(device: torch.device) -> bool:
+    """Whether the stream on which calls with tensors of this device run is being captured into a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks for the current device's stream
+        return torch.cuda.is_current_stream_capturing()

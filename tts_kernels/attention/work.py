@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tts_kernels import nvidia
 from tts_kernels.configs import TreeConfig
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PARENT, ROWS_END, TreePlan, int_tensor
 
@@ -76,7 +77,7 @@ def made_for(work: tuple[Tensor | None, Tensor | None, list[int]], backend: str)
 
 
 def refuse_capture(q: Tensor) -> None:
-    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if nvidia.captures(q.device):
         raise RuntimeError(
             "plan: expected one that has been used once with these shapes before a CUDA graph is captured (the first "
             "call makes its work list), got one that has not"

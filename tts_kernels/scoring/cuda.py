@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tts_kernels.nvidia import place, reasons_of
+from tts_kernels.nvidia import captures, place, reasons_of
 
 from .results import REDUCES
 
@@ -178,7 +178,7 @@ def product(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 
 def counters_of(at: tuple[int, int], device: torch.device, count: int) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if captures(device):
         # A graph may be replayed on any stream, beside others: it has counters of its own.
         return torch.zeros(count, dtype=torch.int32, device=device)
     kept = _counters.get(at)
