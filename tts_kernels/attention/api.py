@@ -60,7 +60,8 @@ def tree_attention(
     Args:
         q: [R, Hq, D], float32, float16 or bfloat16; rows in the caller's order (TreePlan says which).
         k_cache, v_cache: [num_pages, page_size, Hkv, D], dtype of q or torch.float8_e4m3fn.
-        plan: a TreePlan with R rows and the caches' page_size, on the device of q.
+        plan: a TreePlan with R rows and the caches' page_size, on the device of q. On a GPU it holds partial results:
+            calls that run on two streams at the same time need a plan each, else their results are wrong.
         scale: multiplies q . k; default 1 / sqrt(D).
         softcap: bound of the scores; 0 switches it off.
         window: a row sees the keys at most this many positions before its own (`window + 1` with its own); -1: all.
