@@ -4,6 +4,7 @@ once, counters wrap whatever a plan's lengths, surplus entries of a list with ro
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 
 import attention_cases as cases
@@ -18,7 +19,7 @@ from tts_kernels.attention import cuda
 from tts_kernels.attention.work import NARROW, TALL, WIDE, Work, key_of
 
 PATH = paths.Path("cuda")
-pytestmark = pytest.mark.skipif(PATH.missing() is not None, reason=str(PATH.missing()))
+EVERYWHERE = [param for param in paths.available() if param.values[0].backend == "cuda"]  # emulated, and on a GPU
 
 # A size of heads with tall tiles, one of padded columns and e4m3, one whose blocks are half as long.
 CASES = [
@@ -26,11 +27,22 @@ CASES = [
     Case(heads=(28, 4), dtypes=(BF16, FP8), head_dim=80, scales="head", softcap=2.5, seed=2),
     Case(heads=(4, 1), dtypes=(BF16, BF16), head_dim=192, scale=-0.2, causal=False, seed=3),
 ]
+# More, for a GPU alone: other rows' zero weights must leave a row's sums as they are in its matrix instructions too.
+GPU_CASES = [
+    Case(heads=(32, 8), dtypes=(q, kv), head_dim=128, window=window, seed=7)
+    for q, kv in ((BF16, BF16), (FP16, FP16), (BF16, FP8), (FP16, FP8))
+    for window in (-1, 37)
+]
 
 
 @pytest.fixture(autouse=True)
-def selected(monkeypatch):
-    PATH.select(monkeypatch)
+def path(request, monkeypatch):
+    """Emulated, where a test does not say otherwise."""
+    path = getattr(request, "param", PATH)
+    if path.missing():
+        pytest.skip(path.missing())
+    path.select(monkeypatch)
+    return path
 
 
 def forest(case: Case) -> Forest:
@@ -49,27 +61,74 @@ def with_tiles(work: Work, plan, rows: int) -> Work:
         begin, end = plan.nodes[4, node].item(), plan.nodes[6, node].item()
         stop = min(first + cuda.TILE_ROWS[tile], (end - begin) * work.group)
         items += [(node, at, chunk, sizes[rows]) for at in range(first, stop, rows)]
-    head = torch.tensor(items, dtype=torch.int32).flatten()
+    head = work.table.new_tensor(items).flatten()
     rest = work.table[4 * work.num_items : -1]
-    table = torch.cat([head, rest, torch.tensor([len(items)], dtype=torch.int32)])
+    table = torch.cat([head, rest, work.table.new_tensor([len(items)])])
     return dataclasses.replace(work, table=table, num_items=len(items))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tiles_and_stages_change_no_bit(case):
+@pytest.mark.parametrize("path", EVERYWHERE, indirect=True)
+def test_tiles_and_stages_change_no_bit(path, case):
+    tiles_and_stages(path, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case}-{case.window}")
+@pytest.mark.parametrize("path", EVERYWHERE[1:], indirect=True)
+def test_tiles_and_stages_change_no_bit_on_a_gpu(path, case):
+    tiles_and_stages(path, case)
+
+
+def tiles_and_stages(path: paths.Path, case: Case) -> None:
     inputs = cases.make_inputs(case, forest(case))
-    caches, plan = inputs.caches(), inputs.forest.plan(causal=case.causal)
+    caches, plan = inputs.caches(path.device), inputs.forest.plan(causal=case.causal, device=path.device)
     key = key_of(inputs.q, caches[0], "cuda")
-    out, lse = cases.check(inputs, PATH, plan=plan, caches=caches)
+    out, lse = cases.check(inputs, path, plan=plan, caches=caches)
     work = plan.works[key]
     tiles = set(work.table[: 4 * work.num_items].view(-1, 4)[:, 3].tolist())
     assert len(tiles) > 1 and (TALL in tiles) == (case.head_dim <= 128)
     for rows in (16, 64, 128) if case.head_dim <= 128 else (16, 64):
-        for stages in (2, 3, 4):
+        for stages in stages_that_fit(case, caches[0]):
             config = dataclasses.replace(work.config, num_stages=stages)
             plan.works[key] = dataclasses.replace(with_tiles(work, plan, rows), config=config)
-            got = cases.run(inputs, PATH, plan=plan, caches=caches)
+            got = cases.run(inputs, path, plan=plan, caches=caches)
             assert torch.equal(got[0], out) and torch.equal(got[1], lse), f"tiles of {rows} rows, {stages} stages"
+
+
+def stages_that_fit(case: Case, cache: torch.Tensor) -> list[int]:
+    _, most = cuda.device_kind(cache.device)
+    needed = functools.partial(cuda.native.cuda_tree_attention_shared_bytes, case.head_dim)
+    return [stages for stages in (2, 3, 4) if needed(stages, case.dtypes[1] == FP8) <= most]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("path", EVERYWHERE, indirect=True)
+def test_every_e4m3_code(path, dtype):
+    """As key and as value of roots of one token, whose weight is 1: values come out as they are, and a score of a key's
+    one number is the lse. Each code stands at each place of a word. Where the only score is NaN, what comes out is no
+    number, or says that no key was seen."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    exact = codes.view(FP8).to(dtype)
+    number = ~exact.isnan()
+    k_cache = torch.zeros(256, 1, 1, 64, dtype=torch.uint8)
+    q = torch.zeros(256, 4, 64, dtype=dtype)
+    for code in range(256):
+        first = 4 * (code % 16)
+        k_cache[code, 0, 0, first : first + 4] = code
+        for head in range(4):
+            q[code, head, first + head] = 1
+    v_cache = ((codes[:, None] + torch.arange(64)) % 256).to(torch.uint8)[:, None, None]
+    plan = tts.TreePlan.from_nodes([-1] * 256, [1] * 256, [[i] for i in range(256)], [1] * 256, page_size=1,
+                                   device=path.device)  # fmt: skip
+    q, *caches = (x.to(path.device) for x in (q, k_cache.view(FP8), v_cache.view(FP8)))
+    for backend in ("cuda", "reference"):
+        out, lse = tts.tree_attention(q, *caches, plan, scale=1.0, return_lse=True, backend=backend)
+        wanted = exact.float()[:, None].expand(256, 4)
+        torch.testing.assert_close(lse.cpu()[number], wanted[number], rtol=1e-5, atol=1e-4)
+        assert not lse[~number].isfinite().any()
+        values = exact[v_cache.flatten(1).long()][:, None].expand(256, 4, 64)
+        torch.testing.assert_close(out.cpu()[number], values[number], rtol=0, atol=0, equal_nan=True)
 
 
 def test_one_state_is_written_at_once():
