@@ -57,7 +57,7 @@ demo: $(READY)
 	$(PY) -m benchmarks.reasoner.demo
 	$(DEMO) demo $(ARGS)
 
-# From nothing to the weights in benchmarks/reasoner/weights, into REASONER: half an hour on two cores, minutes on a GPU.
+# From nothing to the weights in benchmarks/reasoner/weights, into REASONER: under an hour on two cores.
 REASONER = build/reasoner
 reasoner: $(READY)
 	$(PY) -m benchmarks.reasoner --out $(REASONER) $(ARGS)

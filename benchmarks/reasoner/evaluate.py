@@ -2,15 +2,19 @@
 and what a query costs with stock code and with ours.
 
 All decoding and scoring runs through the project's own ops. The N of a curve are drawn from the same samples: each
-value is over all choices of N of them. Seconds are measured apart, on fewer problems, both ways by turns on an
-otherwise idle machine, with the draws of one driver, so that both sides write the same candidates.
+value is over all choices of N of them, that of a weighted vote over 1,000 drawn ones where they are many. Seconds are
+measured apart, on fewer problems, both ways one after the other with the draws of one driver, so that both sides write
+the same candidates; the outcome verifier's raw scores are voted with there, and as probabilities in the curves. The
+record is written anew after every stage, so a run that is cut off leaves what it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -143,7 +147,9 @@ def costs(kind: str, problems: Sequence[task.Problem]) -> list[dict]:
     policy, verifier = load(kind)
     sides = {
         "stock": (
-            StockPolicy(models.load_policy(models.WEIGHTS / kind, policy.device), policy.tokenizer, prompt=policy.prompt),
+            StockPolicy(
+                models.load_policy(models.WEIGHTS / kind, policy.device), policy.tokenizer, prompt=policy.prompt
+            ),
             StockVerifier(verifier, batch_size=STOCK_BATCH),
         ),
         "tts": (policy, verifier),
@@ -196,12 +202,21 @@ def _search_run(method, width, expand, policy, verifier, problem, seed):
 def main(args: argparse.Namespace) -> None:
     problems = task.split("test")[: args.problems]
     numbers = range(len(problems))
-    results: dict = {"date": datetime.date.today().isoformat(), "commit": machine.commit(), "machine": machine.describe(),
-                     "problems": len(problems), "n": args.n, "temperature": OPTIONS["temperature"],
-                     "seconds": {}, "systems": {}}  # fmt: skip
+    results: dict = {
+        "date": datetime.date.today().isoformat(),
+        "commit": machine.commit(),
+        "machine": machine.describe(),
+        "weights": {kind: digest(kind) for kind in models.KINDS},
+        "problems": len(problems),
+        "n": args.n,
+        "temperature": OPTIONS["temperature"],
+        "seconds": {},
+        "systems": {},
+    }
     begin = time.perf_counter()
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         spread = partial(pool.map, chunksize=5)
         for kind in RECIPES:
             groups = list(spread(partial(sample, kind, args.n), numbers, problems))
@@ -214,6 +229,7 @@ def main(args: argparse.Namespace) -> None:
                 "prompt_tokens": round(statistics.mean(group[0].prompt_tokens for group in groups), 1),
                 "check": check(kind, spread),
             }
+            write(args.out, results)
             print(f"{kind}: {time.perf_counter() - begin:.0f} s", flush=True)
             for method in (beam_search, dvts) if kind == "reasoner" else ():
                 for (width, expand), most in SEARCHES.items():
@@ -221,13 +237,27 @@ def main(args: argparse.Namespace) -> None:
                     found = {"n": width * expand, "width": width, "expand": expand, "problems": len(rows),
                              **outcome(rows)}  # fmt: skip
                     results["systems"][kind].setdefault(method.__name__, []).append(found)
+                    write(args.out, results)
                     print(f"{method.__name__} {width} x {expand}: {found['value']}, "
                           f"{time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
     results["seconds"]["accuracy"] = round(time.perf_counter() - begin)
     for kind in RECIPES:
         results["systems"][kind]["costs"] = costs(kind, problems[: args.cost_problems])
+        write(args.out, results)
     results["seconds"]["all"] = round(time.perf_counter() - begin)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    results["load"] = [round(load, 1) for load in os.getloadavg()]
+    write(args.out, results)
+
+
+def write(path: Path, results: dict) -> None:
+    """All of the file, or it stays as it was."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def digest(kind: str) -> str:
+    return hashlib.sha256((models.WEIGHTS / kind / "model.safetensors").read_bytes()).hexdigest()
 
 
 def _write_traces(traces: Traces, path: Path, most: int) -> None:

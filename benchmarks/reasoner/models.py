@@ -64,7 +64,9 @@ def encode(texts: list[str]) -> torch.Tensor:
 
 def config(**changes: object) -> transformers.Qwen2Config:
     end = VOCABULARY.index(END)
-    return transformers.Qwen2Config(**SIZES | {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end} | changes)
+    return transformers.Qwen2Config(
+        **SIZES | {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end} | changes
+    )
 
 
 def new_policy(seed: int) -> transformers.Qwen2ForCausalLM:

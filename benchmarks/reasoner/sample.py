@@ -1,4 +1,4 @@
-"""Samples answers of a policy to training problems, through the project's own decoding: what the verifiers learn from."""
+"""Samples answers of a policy to training problems, with the project's own decoding: what the verifiers learn from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a policy: the reasoner, which writes a chain of thought, or the direct answerer, which writes the answer alone.
+"""Trains a policy: the reasoner, which writes a chain of thought, or the direct answerer, which writes an answer alone.
 
 The reasoner is stopped early on purpose, when a little more than one sample in two is right: a model that is always
 right leaves nothing to external scaling. The direct answerer has the same size and gets as many tokens of training.

@@ -1,13 +1,13 @@
 """Trains a verifier of a policy's answers, from the policy's weights: the PRM, in the layout of Qwen2.5-Math-PRM, or
 the ORM, an outcome reward model in that of Qwen2.5-Math-RM.
 
-PRM. Read at every token: whether all up to it is right; the tokens of the first wrong step weigh more, since behind it
-all labels are equal. Labels at the ends of steps alone did not train, and those of whole prefixes slowly: a second head,
-which is not kept, learns along whether each token by itself is wrong, given what stands before it. At first the
-policy's layers are frozen and only what lies above them learns to compare what the policy would have written with what
-is there; then all learn, and a language model loss on right text keeps and sharpens the arithmetic. The texts are the
-policy's samples and chains with one changed digit or with several, every later step computed from there, as a policy's
-slips go.
+PRM. Read at every token: whether all up to it is right; the tokens of the first wrong step weigh more, since behind
+it all labels are equal. Labels at the ends of steps alone did not train, and those of whole prefixes slowly: a second
+head, which is not kept, learns along whether each token by itself is wrong, given what stands before it. At first the
+policy's layers are frozen and only what lies above them learns to compare what the policy would have written with
+what is there; then all learn, and a language model loss on right text keeps and sharpens the arithmetic. The texts
+are the policy's samples and chains with one changed digit or with several, every later step computed from there, as a
+policy's slips go.
 
 ORM. Read at the last token of problem and answer: whether it is right. Half of the answers are right, the others are
 wrong ones that the policy sampled. The language model's loss is taken along here too.

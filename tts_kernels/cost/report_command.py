@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all)")  # fmt: skip
     add("--profile", metavar="FILE", action="append", default=[], help="measured, as `tts-kernels profile --json` "
         "writes it; again for several")  # fmt: skip
-    add("--claim", metavar="FILE", type=Path, help="a record of benchmarks/reasoner: what internal and external scaling "
-        "gave a small reasoner")  # fmt: skip
+    add("--claim", metavar="FILE", type=Path, help="a record of benchmarks/reasoner: what internal and external "
+        "scaling gave a small reasoner")  # fmt: skip
     add_common_arguments(parser)
     add_trace_arguments(parser)
     add("--model", metavar="NAME", help="of the traces: a preset or the path of a config.json")
@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--readme",
         metavar="FILE",
         type=Path,
-        help="in place of a page: rewrite the figure and the table of costs of this README, or, beside --claim, those of "
-        "the claim",
+        help="in place of a page: rewrite the figure and the table of costs of this README, or, beside --claim, those "
+        "of the claim",
     )
 
 
@@ -122,7 +122,9 @@ def main(args: argparse.Namespace) -> int:
     return status
 
 
-def steps_of(args: argparse.Namespace, study: Study, record: dict | None) -> list[tuple[str, str, Callable[[], Section]]]:
+def steps_of(
+    args: argparse.Namespace, study: Study, record: dict | None
+) -> list[tuple[str, str, Callable[[], Section]]]:
     """(name, title, function that makes it) of each section. Arguments are checked here, before anything is drawn."""
     runs = measured.read_profiles(args.profile)
     steps = [("headline", "What sharing buys", lambda: sections.headline(study, measured.points(runs)))]
