@@ -1,7 +1,7 @@
 // All that kernels use beyond plain C++: special registers, barriers, warp exchanges, asynchronous copies, matrix
 // products, conversions, fences. Each function names the PTX instruction that it is. Kernels hold no assembly, no CUDA
-// header types and no `extern __shared__` of their own, so this file and launch.h are all that an emulation replaces:
-// with TTS_EMULATED the same names come from tests/emulation.
+// header types and no `extern __shared__` of their own, so these functions and launch.h are all that an emulation
+// replaces: with TTS_EMULATED the same names come from tests/emulation. What is made of them stands at the end.
 //
 // 16-bit floating-point values are bits, uint16_t or two in a uint32_t (the lower index in the low half); the tags F16
 // and BF16 pick their meaning. Functions of a warp must be reached by all of its 32 lanes together.
