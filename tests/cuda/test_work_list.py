@@ -119,7 +119,7 @@ def test_it_follows_a_tree_that_grows_and_branches(native):
     ],
 )
 def test_a_planted_error_is_found(old, new, native):
-    wrong = emulated.edited({"csrc/cuda/work_list.cu": [(old, new)]})
+    wrong = emulated.edited({"csrc/cuda/work_list.cu": [(old, new)]}, ["csrc/bindings.cpp", "csrc/cuda/*.cu"])
     tree = KVTree(1, 300, 4, KV_HEADS, DIM, dtype=torch.float32, device="cpu")
     leaves = tree.fork(tree.add(None, 50), 3)
     tree.append(leaves, 40)
