@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +99,30 @@ def claim_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def cost_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): a method and N per line, what a query took with stock code and with ours."""
-    header = ["seconds per query", "stock", "tts_kernels", "ratio", "same choice", "accuracy in %"]
-    rows = []
+def costs_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], dict | None]]:
+    """(what was run, its measured costs, the accuracy of the same way and N) of every system."""
     for name, title in SYSTEMS.items():
         system = record["systems"][name]
         for row in system["costs"]:
             method = row["method"]
             key = f"weighted_vote {AGGREGATES[name]}" if method == "weighted_vote" else method
-            point = at(system, key, row["n"])
-            shown = SEARCHES.get(method, method.replace("_", " "))
-            rows.append([
-                f"{title}, {shown} {row['n']}", f"{row['stock_seconds']:.2f}", f"{row['tts_seconds']:.2f}",
-                ratio(row["stock_seconds"] / row["tts_seconds"]), f"{row['choice_equal']} of {row['problems']}",
-                f"{100 * point['value']:.1f}" if point else NONE,
-            ])  # fmt: skip
+            yield f"{title}, {SEARCHES.get(method, method.replace('_', ' '))}", row, at(system, key, row["n"])
+
+
+def cost_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a method and N per line, what a query took with stock code and with ours."""
+    header = ["seconds per query", "stock", "tts_kernels", "ratio", "same choice", "accuracy in %"]
+    rows = [
+        [
+            f"{label} {row['n']}",
+            f"{row['stock_seconds']:.2f}",
+            f"{row['tts_seconds']:.2f}",
+            ratio(row["stock_seconds"] / row["tts_seconds"]),
+            f"{row['choice_equal']} of {row['problems']}",
+            f"{100 * point['value']:.1f}" if point else NONE,
+        ]
+        for label, row, point in costs_of(record)
+    ]
     return header, rows
 
 
@@ -230,17 +238,11 @@ def section(record: Mapping[str, Any]) -> Section:
 
 
 def drawn(record: Mapping[str, Any]):
-    series = {}
-    for name, title in SYSTEMS.items():
-        system = record["systems"][name]
-        for row in system["costs"]:
-            method = row["method"]
-            key = f"weighted_vote {AGGREGATES[name]}" if method == "weighted_vote" else method
-            point = at(system, key, row["n"])
-            label = f"{title}, {SEARCHES.get(method, 'weighted vote')}"
-            if point:
-                seconds = (row["stock_seconds"], row["tts_seconds"])
-                series.setdefault(label, []).append({"n": row["n"], "seconds": seconds, **point})
+    series: dict[str, list[dict]] = {}
+    for label, row, point in costs_of(record):
+        if point:
+            seconds = (row["stock_seconds"], row["tts_seconds"])
+            series.setdefault(label, []).append({"n": row["n"], "seconds": seconds, **point})
     return figures.draw(figures.claim, series, provenance(record))
 
 
