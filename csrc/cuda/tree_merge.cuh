@@ -13,7 +13,8 @@ struct TreeResult {
 
 // Of a row and head whose weights 2^(score - largest) have this sum. The sink joins the denominator once, and not lse.
 TTS_DEVICE TreeResult finish_row(const TreeAttentionParams& c, int head, int kv_head, float largest, float sum) {
-  if (largest == -kInfinity) return {0, -kInfinity};
+  // No score: 0 and -inf. None but NaN, which no maximum keeps: NaN, by the sum.
+  if (largest == -kInfinity) return {sum, logf(sum)};
   float weight = 1, denominator = sum;
   if (c.sinks != nullptr) {
     const float sink = min(c.sinks[head] * kLog2E, kLargest);  // a finite sink stays finite in base 2
@@ -52,39 +53,38 @@ TTS_DEVICE void merge_row(const CudaTreeAttentionParams& p, const TreeItem& item
   for (int i = lane; i < count; i += 32) largest = max(largest, load_fresh(p.sums + 2 * place_of(i)));
   for (int mask = 16; mask > 0; mask >>= 1) largest = max(largest, shuffle_xor(largest, mask));
 
+  const float subtract = largest == -kInfinity ? 0 : largest;
   float sum = 0, out[kPieces][4] = {};
-  if (largest != -kInfinity) {
-    for (int begin = 0; begin < count; begin += 32) {
-      float my_weight = 0, my_sum = 0;
-      if (begin + lane < count) {
-        my_weight = exp2_fast(load_fresh(p.sums + 2 * place_of(begin + lane)) - largest);
-        my_sum = load_fresh(p.sums + 2 * place_of(begin + lane) + 1);
-      }
-      constexpr int kAhead = 4;  // states that are loaded together
-      for (int i = 0; i < min(count - begin, 32); i += kAhead) {
-        float weight[kAhead];
-        Bits128 state[kAhead][kPieces];
+  for (int begin = 0; begin < count; begin += 32) {
+    float my_weight = 0, my_sum = 0;
+    if (begin + lane < count) {
+      my_weight = exp2_fast(load_fresh(p.sums + 2 * place_of(begin + lane)) - subtract);
+      my_sum = load_fresh(p.sums + 2 * place_of(begin + lane) + 1);
+    }
+    constexpr int kAhead = 4;  // states that are loaded together
+    for (int i = 0; i < min(count - begin, 32); i += kAhead) {
+      float weight[kAhead];
+      Bits128 state[kAhead][kPieces];
 #pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          weight[j] = shuffle(my_weight, i + j);
-          sum = fmaf(shuffle(my_sum, i + j), weight[j], sum);
+      for (int j = 0; j < kAhead; ++j) {
+        weight[j] = shuffle(my_weight, i + j);
+        sum = fmaf(shuffle(my_sum, i + j), weight[j], sum);
 #pragma unroll
-          for (int k = 0; k < kPieces; ++k) {
-            const int column = 4 * lane + 128 * k;
-            // A state that weighs nothing may not have been written.
-            if (weight[j] != 0 && column < c.head_dim)
-              state[j][k] = load_fresh_16(p.states + place_of(begin + i + j) * c.head_dim + column);
-            else
-              state[j][k] = {};
-          }
+        for (int k = 0; k < kPieces; ++k) {
+          const int column = 4 * lane + 128 * k;
+          // A state that weighs nothing may not have been written.
+          if (weight[j] != 0 && column < c.head_dim)
+            state[j][k] = load_fresh_16(p.states + place_of(begin + i + j) * c.head_dim + column);
+          else
+            state[j][k] = {};
         }
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j)
-#pragma unroll
-          for (int k = 0; k < kPieces; ++k)
-#pragma unroll
-            for (int l = 0; l < 4; ++l) out[k][l] = fmaf(float_of(state[j][k].word[l]), weight[j], out[k][l]);
       }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+#pragma unroll
+        for (int k = 0; k < kPieces; ++k)
+#pragma unroll
+          for (int l = 0; l < 4; ++l) out[k][l] = fmaf(float_of(state[j][k].word[l]), weight[j], out[k][l]);
     }
   }
   const TreeResult result = finish_row(c, head, item.kv_head, largest, sum);

@@ -106,8 +106,8 @@ def stages_that_fit(case: Case, cache: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("path", EVERYWHERE, indirect=True)
 def test_every_e4m3_code(path, dtype):
     """As key and as value of roots of one token, whose weight is 1: values come out as they are, and a score of a key's
-    one number is the lse. Each code stands at each place of a word. Where the only score is NaN, what comes out is no
-    number, or says that no key was seen."""
+    one number is the lse. Each code stands at each place of a word. Where the only score is NaN, what comes out is NaN.
+    """
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     exact = codes.view(FP8).to(dtype)
     number = ~exact.isnan()
@@ -126,9 +126,21 @@ def test_every_e4m3_code(path, dtype):
         out, lse = tts.tree_attention(q, *caches, plan, scale=1.0, return_lse=True, backend=backend)
         wanted = exact.float()[:, None].expand(256, 4)
         torch.testing.assert_close(lse.cpu()[number], wanted[number], rtol=1e-5, atol=1e-4)
-        assert not lse[~number].isfinite().any()
+        assert lse[~number].isnan().all()
         values = exact[v_cache.flatten(1).long()][:, None].expand(256, 4, 64)
         torch.testing.assert_close(out.cpu()[number], values[number], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("lengths", [[40], [300, 90]], ids=["one-state", "merged"])
+def test_nan_is_not_hidden(lengths):
+    """A query of NaN has no score that is a number: its row is NaN, and no other one is."""
+    case = Case(heads=(4, 2), dtypes=(FP16, FP16), head_dim=64, seed=4)
+    parents, rows = [[-1], [-1, 0]][len(lengths) - 1], [[2], [0, 2]][len(lengths) - 1]
+    inputs = cases.make_inputs(case, Forest(parents, lengths, rows, case.page_size).place(random.Random(0)))
+    inputs.q[0] = torch.nan
+    out, lse = cases.run(inputs, PATH, plan=inputs.forest.plan(), caches=inputs.caches())
+    assert out[0].isnan().all() and lse[0].isnan().all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
 
 
 def test_one_state_is_written_at_once():
