@@ -18,6 +18,7 @@ from . import (
     full_logits,
     head_compiled,
     head_eager,
+    portable,
     sdpa,
     sdpa_kernels,
     sdpa_packed,
@@ -33,6 +34,7 @@ GPU_PEERS = (
     sdpa_kernels.FLASH,
     sdpa_kernels.CUDNN,
     flex,
+    portable,
     unshared,
 )
 SCORING_PEERS = (head_eager, head_compiled, full_logits)

@@ -209,3 +209,18 @@ def test_what_an_earlier_call_left_does_not_pass_for_a_result(monkeypatch):
     monkeypatch.setattr(bench, "capture", lambda calls, device: Still(calls))
     entry = bench.measure(tree_case("star"), torch.device("cpu"), CEILINGS, 2, only_ours=True)
     assert entry["status"] == "wrong" and entry["wrong"]["ours"].startswith("error inf") and not entry["methods"]
+
+
+def test_triton_beside_cuda(monkeypatch):
+    """A peer where the call itself takes the CUDA kernels, and none where it takes Triton's."""
+    case = tree_case("star")
+    assert peers.portable.reason_against(case) == "it is for GPUs"
+    assert peers.portable.reason_against(SimpleNamespace(device="cuda")) == ""
+    chosen = peers.portable.api.BACKENDS
+    monkeypatch.setattr(type(chosen), "choose", lambda *_: "triton")
+    with pytest.raises(RuntimeError, match="by itself"):
+        peers.portable.prepare(case.sets(1)[0])
+    monkeypatch.setattr(type(chosen), "choose", lambda *_: "cuda")
+    if reasons := peers.portable.api.BACKENDS.unsupported_reasons("tree_attention", "triton"):
+        pytest.skip("; ".join(reasons))
+    check(case, peers.portable)
