@@ -1,5 +1,5 @@
-"""What the stage `sanitize` runs under compute-sanitizer: each kernel of triton and of cuda once, on shapes small enough
-for a checker that makes everything tens of times slower, with rows, tokens and heads that fill no tile. Wrong results
+"""What the stage `sanitize` runs under compute-sanitizer: each kernel of triton and of cuda once, on shapes small
+enough for a checker that makes everything tens of times slower, with rows, tokens and heads that fill no tile. Wrong results
 fail too."""
 
 from __future__ import annotations
