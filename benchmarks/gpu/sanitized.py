@@ -1,6 +1,6 @@
 """What the stage `sanitize` runs under compute-sanitizer: each kernel of triton and of cuda once, on shapes small
-enough for a checker that makes everything tens of times slower, with rows, tokens and heads that fill no tile. Wrong results
-fail too."""
+enough for a checker that makes everything tens of times slower, with rows, tokens and heads that fill no tile. Wrong
+results fail too."""
 
 from __future__ import annotations
 
