@@ -37,8 +37,7 @@ them, the verifiers by `Verifier.from_pretrained(folder, "qwen2.5-math-prm")` an
   layers can hardly run 6 to 14 serial steps in one pass: that the direct answerer stays near chance is in the task.
 - `prm` has the layout of Qwen2.5-Math-PRM and begins with the reasoner's layers; `orm` that of Qwen2.5-Math-RM and
   begins with the direct answerer's. What they learn from stands in `train_verifier.py`.
-- The PRM had more tokens, layers and helps than the ORM, whose wrong answers come from a pool of 2,700 problems and its
-  right ones from fresh ones. The ORM ended at chance, as did the answers that it judges.
+- The PRM had more tokens, layers and helps than the ORM, which got as many tokens as the policy that it judges.
 - Data: problems drawn by seed, without an end, none of them among the held-out ones ({test} for the evaluation, {dev}
   for looks during training). Verifiers learn from samples of their policies and from chains with a changed digit.
 - pass@1 is the mean probability of the right text at temperature 0.8 on the dev problems; AUC is that of telling right

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
+from tts_kernels.cost.claim import AGGREGATES
 from tts_kernels.cost.traces import Sample, Traces, mean_interval
 from tts_kernels.search import Policy, SearchResult, beam_search, dvts, majority, weighted_vote
 from tts_kernels.stock import StockPolicy, StockVerifier
@@ -115,6 +116,42 @@ def curves(traces: Traces) -> dict[str, list[dict]]:
         name: [_rounded(asdict(traces.accuracy(n, method, aggregate=aggregate))) for n in traces.counts()]
         for name, (method, aggregate) in methods.items()
     }
+
+
+def paired(traces: Traces, greedy: Sequence[dict], searches: dict[str, list], aggregate: str) -> dict:
+    """Differences between ways of answering, problem by problem: mean, low and high (95%, bootstrap over problems) for
+    each n. What two intervals that overlap cannot tell apart, the interval of a difference often can.
+
+    greedy    a row for each problem
+    searches  (n, rows) for each size of each search; rows for the first problems or all
+    """
+    counts = [n for n in traces.counts() if n > 1]
+    ways = {"majority": ("majority", "last")}
+    for method in ("best_of_n", "weighted_vote"):
+        ways[f"{method} {aggregate}"] = method, aggregate
+    chances = {
+        (name, n): traces.chances(n, method, aggregate=of)[0] for name, (method, of) in ways.items() for n in counts
+    }
+    for name, runs in searches.items():
+        chances |= {(name, n): [float(row["right"]) for row in rows] for n, rows in runs}
+    single = [float(row["right"]) for row in greedy]
+    found: dict[str, list[dict]] = {}
+
+    def add(name: str, n: int, left: Sequence[float], right: Sequence[float]) -> None:
+        mean, low, high = mean_interval([a - b for a, b in zip(left, right)])
+        found.setdefault(name, []).append(
+            {"n": n, "value": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+        )
+
+    for (name, n), values in chances.items():
+        add(f"{name} - greedy", n, values, single)
+        if name in ways and name != "majority":
+            add(f"{name} - majority", n, values, chances["majority", n])
+            best = max(counts, key=lambda m: sum(chances[name, m]))
+            add(f"{name} - its best", n, values, chances[name, best])
+        if name in searches and (vote := (f"weighted_vote {aggregate}", n)) in chances:
+            add(f"{name} - weighted_vote", n, values, chances[vote])
+    return found
 
 
 def _most_steps(traces: Traces) -> int:
@@ -222,24 +259,29 @@ def main(args: argparse.Namespace) -> None:
             groups = list(spread(partial(sample, kind, args.n), numbers, problems))
             traces = Traces(one for group in groups for one in group)
             _write_traces(traces, args.traces / f"{kind}.jsonl", args.traces_n)
+            single = list(spread(partial(greedy, kind), numbers, problems))
             results["systems"][kind] = {
                 "curves": curves(traces),
-                "greedy": outcome(list(spread(partial(greedy, kind), numbers, problems))),
+                "greedy": outcome(single),
                 "tokens": round(statistics.mean(s.tokens for group in groups for s in group), 1),
                 "prompt_tokens": round(statistics.mean(group[0].prompt_tokens for group in groups), 1),
                 "check": check(kind, spread),
             }
             write(args.out, results)
             print(f"{kind}: {time.perf_counter() - begin:.0f} s", flush=True)
+            searches: dict[str, list] = {}
             for method in (beam_search, dvts) if kind == "reasoner" else ():
                 for (width, expand), most in SEARCHES.items():
                     rows = list(spread(partial(searched, method, width, expand), numbers[:most], problems[:most]))
                     found = {"n": width * expand, "width": width, "expand": expand, "problems": len(rows),
                              **outcome(rows)}  # fmt: skip
                     results["systems"][kind].setdefault(method.__name__, []).append(found)
+                    searches.setdefault(method.__name__, []).append((width * expand, rows))
                     write(args.out, results)
                     print(f"{method.__name__} {width} x {expand}: {found['value']}, "
                           f"{time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
+            results["systems"][kind]["paired"] = paired(traces, single, searches, AGGREGATES[kind])
+            write(args.out, results)
     results["seconds"]["accuracy"] = round(time.perf_counter() - begin)
     for kind in RECIPES:
         results["systems"][kind]["costs"] = costs(kind, problems[: args.cost_problems])

@@ -10,7 +10,7 @@ are the policy's samples and chains with one changed digit or with several, ever
 policy's slips go.
 
 ORM. Read at the last token of problem and answer: whether it is right. Half of the answers are right, the others are
-wrong ones that the policy sampled. The language model's loss is taken along here too.
+wrong ones that the policy sampled for the same problems. The language model's loss is taken along here too.
 """
 
 from __future__ import annotations
@@ -183,16 +183,15 @@ def prm_stream(samples: list, seed: int, held_out: set[task.Problem]) -> Iterato
         yield problem, prm_example(problem, slipped(problem, wrong if rng.random() < 0.8 else set(), rng))
 
 
-def orm_stream(samples: list, seed: int, held_out: set[task.Problem]) -> Iterator[tuple[task.Problem, Example]]:
-    """Wrong samples of the policy and right answers to other problems, by turns."""
+def orm_stream(samples: list, seed: int) -> Iterator[tuple[task.Problem, Example]]:
+    """A wrong sample of the policy and the right answer to the same problem, by turns: that a problem was seen before
+    says nothing about an answer."""
     rng = random.Random(seed)
     while True:
         problem, texts = rng.choice(samples)
         text = rng.choice(texts)
         if len(text) == len(problem.direct) and text != problem.direct:
             yield problem, (text, [False], [True])
-        problem = task.draw(rng)
-        if problem not in held_out:
             yield problem, (problem.direct, [True], [False])
 
 
@@ -275,7 +274,7 @@ def train(args: argparse.Namespace) -> None:
     unseen, samples = samples[: len(samples) // 10], samples[len(samples) // 10 :]
     held_out |= {problem for problem, _ in unseen}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    stream = (prm_stream if args.kind == "prm" else orm_stream)(samples, args.seed, held_out)
+    stream = prm_stream(samples, args.seed, held_out) if args.kind == "prm" else orm_stream(samples, args.seed)
     tokens, history, begin = 0, [], time.perf_counter()
     for step, group in enumerate(batches(stream, args.batch_tokens)):
         frozen = tokens < args.frozen_tokens

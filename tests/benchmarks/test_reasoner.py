@@ -228,3 +228,27 @@ def test_the_record_is_whole(record):
         assert traces.accuracy(1, "pass").value == pytest.approx(system["curves"]["pass"][0]["value"], abs=0.02)
         assert {row["n"] for row in system["costs"]} <= {point["n"] for point in system["curves"]["pass"]}
         assert kept >= claim.N
+
+
+def test_paired_differences_are_those_of_the_problems():
+    """By hand: two problems, four samples each, scores that rank a right one first in the first problem alone."""
+
+    def sample_of(question, i, right, score, answer):
+        return evaluate.Sample(question, str(i), 5, (score,), right, answer, 9)
+
+    traces = Traces([
+        *(sample_of("0", i, i < 2, 0.9 - 0.1 * i, "a" if i < 2 else f"b{i}") for i in range(4)),
+        *(sample_of("1", i, i == 3, 0.9 - 0.1 * i, "a" if i == 3 else "b") for i in range(4)),
+    ])  # fmt: skip
+    rows = [{"right": False}, {"right": True}]
+    found = evaluate.paired(traces, rows, {"dvts": [(4, rows), (8, rows[:1])]}, "last")
+    means = {name: {point["n"]: point["value"] for point in points} for name, points in found.items()}
+    assert means["best_of_n last - greedy"][4] == (1 - 0 + 0 - 1) / 2
+    assert means["majority - greedy"][4] == (1 - 0 + 0 - 1) / 2
+    assert means["best_of_n last - majority"][4] == 0
+    assert means["dvts - greedy"] == {4: 0, 8: 0}
+    assert means["dvts - weighted_vote"] == {4: (0 - 1 + 1 - 0) / 2}
+    # Of two: problem 0 is right but for one pair of six, problem 1 in none, since the right one has the least score.
+    assert means["best_of_n last - greedy"][2] == pytest.approx((5 / 6 - 0 + 0 - 1) / 2, abs=1e-4)
+    assert means["best_of_n last - its best"][2] == pytest.approx((5 / 6 - 1) / 2, abs=1e-4)
+    assert found["best_of_n last - greedy"][1]["low"] == -1 and found["best_of_n last - greedy"][1]["high"] == 1

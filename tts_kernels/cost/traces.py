@@ -142,6 +142,14 @@ class Traces:
         The order of samples in the file decides nothing: of equal scores each is chosen as often, and where two answers
         have equal sums of scores, a seeded order decides.
         """
+        values, exact = self.chances(n, method, aggregate=aggregate, seed=seed)
+        return Accuracy(method, n, *mean_interval(values, resamples, seed), exact)
+
+    def chances(
+        self, n: int, method: str = "best_of_n", *, aggregate: str = "last", seed: int = 0
+    ) -> tuple[list[float], bool]:
+        """(of each question, the chance that the choice is right, whether all choices of n were regarded): what
+        `accuracy` takes the mean of, and what differences between methods are paired by."""
         check_choice("method", method, METHODS)
         check_choice("aggregate", aggregate, AGGREGATES)
         n = self._check_n(n)
@@ -150,7 +158,7 @@ class Traces:
             value, of_all = _chance(samples, n, method, AGGREGATES[aggregate], seed)
             values.append(value)
             exact &= of_all
-        return Accuracy(method, n, *mean_interval(values, resamples, seed), exact)
+        return values, exact
 
     def cost(
         self,
