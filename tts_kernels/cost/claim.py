@@ -231,7 +231,8 @@ def words(record: Mapping[str, Any]) -> str:
     return (
         f"{record['problems']} held-out problems, temperature {record['temperature']}; intervals: 95%, bootstrap over "
         f"problems. A curve's value is over all choices of N of {record['n']} samples, that of a weighted vote over "
-        f"1,000 drawn ones where there are many; a search ran once for each problem. Chains are ranked by the "
+        f"1,000 drawn ones where there are many; a search ran once for each problem. Ways of answering are compared "
+        f"problem by problem. Chains are ranked by the "
         f"{AGGREGATES['reasoner']} of their steps, as the verifier's recipe says, those of the searches by the last "
         f"step. Seconds: means of {costs[0]['problems']} queries, {machine['cpu']}, {machine['threads']} threads, fp32,"
         f" {record['date']}."
