@@ -190,7 +190,9 @@ def orm_stream(samples: list, seed: int) -> Iterator[tuple[task.Problem, Example
     while True:
         problem, texts = rng.choice(samples)
         text = rng.choice(texts)
-        if len(text) == len(problem.direct) and text != problem.direct:
+        if len(text) != len(problem.direct):  # of another form, as a policy writes that is hardly trained
+            text = "#" + other_digit(problem.answer, rng)
+        if text != problem.direct:
             yield problem, (text, [False], [True])
             yield problem, (problem.direct, [True], [False])
 
