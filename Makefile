@@ -48,7 +48,6 @@ help:
 	@echo "make lint      ruff and clang-format, which change nothing"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sanitize-cuda  the same for the CUDA kernels, on the host's emulation of a GPU"
-	@echo "make sanitize-cuda  the CUDA kernels' tests on an emulated GPU, under the same sanitizers"
 	@echo "make clean     remove what was built, except .venv"
 
 venv: $(READY)
