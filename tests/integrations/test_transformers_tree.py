@@ -82,6 +82,7 @@ def test_an_advanced_plan_decodes():
     for step in range(1, 5):
         tree.kv.append(leaves)
         got.append(tree.forward(rows, ids[2 * step : 2 * step + 2], plan=plan.advance_()))
+        assert torch.equal(plan.slots(), tree.kv.slots(rows))
     for leaf in range(2):
         wanted = alone(model.model, prompt, ids[leaf::2])
         torch.testing.assert_close(torch.stack([states[leaf] for states in got]), wanted, atol=2e-5, rtol=2e-4)

@@ -81,7 +81,17 @@ def test_depth_first_order_and_the_callers_rows():
     assert plan.grows.tolist() == [0, 0, 1, 1, 1]
     assert (plan.depth, plan.num_tokens, plan.capacity, plan.max_page) == (3, 15, 1, 9)
     assert plan.positions().tolist() == [0, 1, 5, 6, 7, 9]
+    assert plan.slots().tolist() == [28, 29, 20, 21, 22, 16]
     assert plan.advance_().positions().tolist() == [1, 2, 6, 7, 8, 10]
+    assert plan.slots().tolist() == [29, 30, 21, 22, 23, 17]
+
+
+def test_slots_of_rows_without_a_token():
+    table = torch.tensor([[3, 1], [5, 9]])
+    plan = TreePlan.from_block_table(table, torch.tensor([6, 0]), q_lens=torch.tensor([2, 1]), page_size=4)
+    assert plan.slots().tolist() == [4, 5, -1]
+    empty = TreePlan.from_block_table(table[:, :0], torch.tensor([0, 0]), page_size=4)
+    assert empty.slots().tolist() == [-1, -1]
 
 
 @settings(max_examples=60, deadline=None)

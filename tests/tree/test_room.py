@@ -66,6 +66,7 @@ def check_says_the_same(plan, fresh, num_rows):
     assert (rest[ROWS_END] == plan.num_rows).all()
     assert plan.positions()[:num_rows].equal(fresh.positions())
     assert plan.positions()[num_rows:].tolist() == list(range(plan.num_rows - num_rows))
+    assert plan.slots()[:num_rows].equal(fresh.slots()) and (plan.slots()[num_rows:] == -1).all()
     host, host_grows, spare = plan.host_tables()
     assert host == plan.nodes.tolist() and host_grows == plan.grows.tolist() and spare == plan.capacity
 

@@ -79,7 +79,8 @@ class TreeModel:
 
         rows       as in `KVTree.plan`: the nodes hold these tokens already (`add` or `append` comes first)
         input_ids  integers [R], the ids of those tokens; their positions are those of the tree
-        plan       that of these rows, where it is kept and advanced from call to call. Default: `kv.plan(rows)`
+        plan       that of these rows, where it is kept and advanced from call to call: the forward then asks the host for
+                   nothing, so it can be captured into a CUDA graph. Default: `kv.plan(rows)`
 
         Keys and values of the tokens are written to the pages. An error that comes out of the model leaves them unset.
         Raises TypeError and ValueError for wrong arguments.
@@ -91,11 +92,14 @@ class TreeModel:
             fail("input_ids", f"shape ({total},), the rows of all nodes", tuple(input_ids.shape))
         if total == 0:
             return torch.empty(0, self.config.hidden_size, dtype=self.kv.dtype, device=self.device)
-        plan = self.kv.plan(rows) if plan is None else plan
-        if plan.num_rows != total:
+        if plan is None:
+            plan, slots = self.kv.plan(rows), self.kv.slots(rows)
+        elif plan.num_rows != total:
             fail("plan", f"one of {total} rows, as many as `rows` has", plan.num_rows)
+        else:
+            slots = plan.slots()
         with self.switched(), torch.no_grad():
-            self._forward.begin(plan, self.kv.slots(rows))
+            self._forward.begin(plan, slots)
             out = self.decoder(
                 input_ids=input_ids.to(self.device)[None],
                 position_ids=plan.positions()[None],

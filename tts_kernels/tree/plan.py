@@ -105,6 +105,19 @@ class TreePlan:
         rows = torch.arange(self.num_rows, device=self.device)
         return torch.empty_like(rows).index_copy_(0, source.long(), begin[node.long()] + rows)
 
+    def slots(self) -> torch.Tensor:
+        """[num_rows] int64, where the token of each row of q lies: what `append_kv` takes; -1 for a row of a node that
+        holds fewer tokens than rows. Right after `advance_` too; computed on the device, without a host sync, so that a
+        captured graph follows."""
+        source, node = self.rows[0].long(), self.rows[1].long()
+        if not self.pages.numel():
+            return torch.full_like(source, -1)
+        before = (self.nodes[LENGTH] - self.nodes[OWN_END]).long()  # the token of row 0 in the node, were it the node's
+        token = before[node] + torch.arange(self.num_rows, device=self.device)
+        page = self.nodes[PAGE_BEGIN].long()[node] + token // self.page_size
+        slot = self.pages[page.clamp_(min=0)].long() * self.page_size + token % self.page_size
+        return torch.empty_like(slot).index_copy_(0, source, torch.where(token < 0, -1, slot))
+
     def host_tables(self) -> tuple[list[list[int]], list[int], int]:
         """`nodes` and `grows` as lists, without asking the device, and the tokens by which growing nodes may become
         longer, or have become on a device, than that `nodes` says."""
