@@ -79,8 +79,8 @@ class TreeModel:
 
         rows       as in `KVTree.plan`: the nodes hold these tokens already (`add` or `append` comes first)
         input_ids  integers [R], the ids of those tokens; their positions are those of the tree
-        plan       that of these rows, where it is kept and advanced from call to call: the forward then asks the host for
-                   nothing, so it can be captured into a CUDA graph. Default: `kv.plan(rows)`
+        plan       that of these rows, where it is kept and advanced from call to call: the forward then asks the host
+                   for nothing, so it can be captured into a CUDA graph. Default: `kv.plan(rows)`
 
         Keys and values of the tokens are written to the pages. An error that comes out of the model leaves them unset.
         Raises TypeError and ValueError for wrong arguments.
