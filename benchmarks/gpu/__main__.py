@@ -78,7 +78,7 @@ def main() -> int:
     commit = machine.commit()
     record = {
         "kind": records.KIND,
-        "version": 1,
+        "version": records.VERSION,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "grid": run.grid,
         "commit": {"id": given.commit, "dirty": False} if given.commit else commit,

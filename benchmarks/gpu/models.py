@@ -1,16 +1,20 @@
-"""`python -m benchmarks.gpu.models`: a model of a 7B model's shapes, seeded random weights, as a whole: decoding over a
-shared trunk, and scoring candidates step by step. Ours, ours over the same pages without sharing, and stock
-transformers with its default cache; eager, all of them.
+"""`python -m benchmarks.gpu.models`: a model of a 7B model's shapes, seeded random weights made on the device, as a
+whole: decoding over a shared trunk, and a verifier's scores of candidates, in one shot and step by step. Ours, ours
+over the same pages without shared reads ("not shared"), and stock transformers; eager, and under CUDA graphs where that
+can be; and of each the seconds of its parts.
 
-A decode of S steps is timed at three lengths of the suffix, in the middle of its thirds, and its seconds are S times
-their mean; keys and values that would have come before are random numbers. The same for steps of candidates. Before
-anything is timed, ours and stock give the same logits on a short prompt.
+Decoding S tokens is timed at three lengths of the suffix, in the middle of its thirds, and its seconds are S times the
+mean; keys and values that would have come before are random numbers. The same for a search's steps of candidates. A
+step's time is that of a loop that waits for nothing in between. Nothing is timed before its result was seen to be
+right: ours against transformers on a short prompt, a kept plan against a new one, a replayed graph against the eager
+step.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import statistics
 import sys
@@ -19,40 +23,48 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.cache_utils import DynamicCache
 
-from tts_kernels.attention import api
 from tts_kernels.integrations.transformers_tree import TreeModel
 from tts_kernels.measure.timing import synchronize
-from tts_kernels.scoring import ScoreHead, step_scores
-from tts_kernels.tree.plan import LENGTH, PAGE_BEGIN, PARENT, TreePlan
+from tts_kernels.scoring import ScoreHead
 
 from ..machine import memory_shortage
 from .bench import last_line
+from .loops import PAGE, Replayed, StaticDecode, StockDecode, StockScores, TreeDecode, TreeScores, random_ids
+from .parts import PARTS, parts_of
 
+OURS, NOT_SHARED, STOCK = "ours", "not shared", "stock"
 FULL = {
     "config": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
                "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 65536},
     "decode": [[64, 9216, 1024], [64, 32768, 512], [64, 256, 4096]],  # samples, trunk, suffix
     "score": {"candidates": 64, "prompt": 512, "steps": 20, "tokens": 48, "batch": 8},
-    "calls": 5,
+    "calls": 5, "rounds": 3,  # of a step of decoding; scores take a second, and are called one at a time
 }  # fmt: skip
 DRY = {
     "config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                "intermediate_size": 64, "vocab_size": 128, "max_position_embeddings": 512},
-    "decode": [[3, 32, 6]],
-    "score": {"candidates": 4, "prompt": 16, "steps": 3, "tokens": 5, "batch": 2},
-    "calls": 1,
+    "decode": [[3, 32, 18]],
+    "score": {"candidates": 4, "prompt": 16, "steps": 3, "tokens": 16, "batch": 2},
+    "calls": 1, "rounds": 2,
 }  # fmt: skip
-PAGE = 16
+CHECKED = 3  # steps that are compared before a loop is timed
+NO_GRAPHS = "a CPU has no CUDA graphs: the step was run over the same tensors, and not timed"
+TOO_LONG = "not captured: its forwards keep the device busy for longer than the host takes to issue them"
+STOCK_WAITS = "a forward without a cache reads from the device whether sequences are packed"
+
+
+class Wrong(Exception):
+    """Logits or scores that differ by more than rounding."""
 
 
 class Models:
     """One model, on the device, and what is measured on it."""
 
     def __init__(self, settings: dict, device: torch.device) -> None:
-        self.device, self.calls = device, settings["calls"]
+        self.device, self.calls, self.rounds = device, settings["calls"], settings["rounds"]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
@@ -66,6 +78,8 @@ class Models:
             )
         torch.set_default_dtype(torch.float32)
         self.config = self.model.config
+        # Roundings of tens of layers add up, and each is of bfloat16 there.
+        self.allowed = 0.05 if dtype == torch.bfloat16 else 1e-4
 
     @property
     def token_bytes(self) -> int:
@@ -74,134 +88,166 @@ class Models:
         head_dim = c.hidden_size // c.num_attention_heads
         return 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * self.model.dtype.itemsize
 
-    def ids(self, *shape: int) -> torch.Tensor:
-        return torch.randint(self.config.vocab_size, shape, device=self.device)
+    @property
+    def steps(self) -> int:
+        """That a loop may be taken on: timed ones, eager and under a graph, those before them, and compared ones."""
+        return 2 * (1 + self.calls * self.rounds) + CHECKED + 2
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """The median of so many calls, after one, until the device is done."""
+    def seconds(self, call: Callable[[], object], calls: int, rounds: int) -> float:
+        """Of a call: the median over the rounds, each so many calls until the device is done, after one call."""
         call()
         times = []
-        for _ in range(self.calls):
+        for _ in range(rounds):
             synchronize(self.device)
             start = time.perf_counter()
-            call()
+            for _ in range(calls):
+                call()
             synchronize(self.device)
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / calls)
         return statistics.median(times)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(hidden)
+    def compare(self, what: str, got: Tensor, wanted: Tensor) -> float:
+        """The largest difference over the largest number."""
+        off = ((got.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
+        if not off <= self.allowed:
+            raise Wrong(f"{what}: off by {off:.2g} of the largest, allowed {self.allowed:.2g}")
+        return off
 
     @torch.no_grad()
     def check(self) -> float:
-        """The largest difference of logits, ours to stock's, over the largest logit; ValueError beyond rounding."""
-        prompt, rest = self.ids(37), self.ids(3, 5)
+        """Ours, and transformers' static cache, against transformers: logits of three samples under a prompt."""
+        prompt, rest = random_ids(self.model, 37), random_ids(self.model, 3, 5)
         tree = TreeModel(self.model, num_pages=16, page_size=PAGE)
         root = tree.kv.add(None, 37)
         tree.forward({root: 37}, prompt)
         leaves = tree.kv.fork(root, 3)
         tree.kv.append(leaves, 5)
-        ours = self.logits(tree.forward(dict.fromkeys(leaves, 5), rest.flatten())).view(3, 5, -1)
-        stock = self.model(torch.cat([prompt.expand(3, -1), rest], 1)).logits[:, 37:]
-        off = ((ours - stock).abs().max() / stock.abs().max()).item()
-        if not off <= (0.05 if self.model.dtype == torch.bfloat16 else 1e-4):
-            raise ValueError(f"wrong logits: {off:.2g} of the largest")
+        ours = self.model.lm_head(tree.forward(dict.fromkeys(leaves, 5), rest.flatten())).view(3, 5, -1)
+        whole = torch.cat([prompt.expand(3, -1), rest], 1)
+        stock = self.model(whole).logits
+        off = self.compare("ours", ours, stock[:, 37:])
+        static = StaticDecode(self.model, 3, 0, 48)
+        last = [self.model(ids, past_key_values=static.cache, use_cache=True).logits[:, -1]
+                for ids in (whole[:, :41], whole[:, 41:])]  # fmt: skip
+        self.compare("the static cache", torch.stack(last, 1), stock[:, 40:])
         return off
+
+    # --- a method ----------------------------------------------------------------------------------------------------
+
+    def attempt(self, entry: dict, name: str, tokens: int, measure: Callable[[], dict]) -> None:
+        """measure() as the entry's method of that name, or why there is none."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if reason := memory_shortage(tokens * self.token_bytes, self.device.type):
+            entry["missing"][name] = reason
+            return
+        try:
+            found = measure()
+        except Exception as failure:
+            synchronize(self.device)  # raises, and ends the process, where the device is lost
+            entry["missing"][name] = last_line(failure)
+            if isinstance(failure, Wrong):
+                entry["wrong"].append(name)
+            return
+        if "missing_graph" in found:
+            entry["missing"][f"{name}, graph"] = found.pop("missing_graph")
+        entry["methods"][name] = entry["methods"].get(name, {}) | found
+
+    def captured(self, loop, step_seconds: Callable[[Callable], float]) -> dict:
+        """graph_s and graph_error of the loop's step, or why they are missing."""
+        ids = loop.ids.clone() if hasattr(loop, "ids") else None
+        eager = loop.step().clone()
+        replayed = Replayed(loop.step, self.device)
+        if ids is not None:
+            loop.ids.copy_(ids)
+            loop.restart()
+        error = self.compare("the graph", replayed().clone(), eager)
+        if self.device.type != "cuda":
+            return {"missing_graph": NO_GRAPHS}
+        return {"graph_s": step_seconds(replayed), "graph_error": error}
+
+    def graph_of(self, loop, step_seconds: Callable[[Callable], float]) -> dict:
+        """As `captured`; a capture that fails leaves the rest of the method."""
+        try:
+            return self.captured(loop, step_seconds)
+        except Wrong:
+            raise
+        except Exception as failure:
+            synchronize(self.device)
+            return {"missing_graph": last_line(failure)}
 
     # --- decode ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(self, n: int, trunk: int, suffix: int) -> dict:
-        lengths = [suffix * k // 6 for k in (1, 3, 5)]
-        methods = {
-            "ours": functools.partial(self.tree_step, n, trunk, True),
-            "not shared": functools.partial(self.tree_step, n, trunk, False),
-            "stock": functools.partial(self.stock_step, n, trunk),
-        }
-        entry = {"samples": n, "trunk": trunk, "suffix": suffix, "seconds": {}, "missing": {}}
-        for name, step in methods.items():
-            tokens = trunk + n * suffix if name != "stock" else n * (trunk + suffix)
-            if reason := memory_shortage(tokens * self.token_bytes, self.device.type):
-                entry["missing"][name] = reason
-                continue
-            try:
-                steps = [step(length) for length in lengths]
-            except Exception as failure:
-                synchronize(self.device)
-                entry["missing"][name] = last_line(failure)
-                continue
-            entry["seconds"][name] = suffix * statistics.fmean(steps)
-        if "ours" in entry["seconds"]:
-            attention = statistics.fmean(self.attention(n, trunk, length) for length in lengths)
-            entry["attention_share"] = suffix * attention / entry["seconds"]["ours"]
-        entry["prefill_s"] = {"ours": self.prefill(trunk)}
-        entry["prefill_s"]["stock"] = n * entry["prefill_s"]["ours"]  # the prompt once for every sample
+        entry = {"samples": n, "trunk": trunk, "suffix": suffix, "methods": {}, "missing": {}, "wrong": []}
+        for name in (OURS, NOT_SHARED):
+            make = functools.partial(TreeDecode, self.model, n, trunk, steps=self.steps, shared=name == OURS)
+            self.attempt(entry, name, trunk + n * (suffix + self.steps), lambda make=make: self.loops(make, suffix))
+        stock, whole = functools.partial(self.stock_decode, n, trunk), n * (trunk + suffix)
+        self.attempt(entry, STOCK, whole, lambda: self.loops(stock, suffix, graph=False))
+        self.attempt(entry, STOCK, whole, lambda: self.static(n, trunk, suffix))
+        entry["prefill_s"] = self.prefill(trunk)
         return entry
 
-    def leaves_of(self, n: int, trunk: int, length: int) -> tuple[TreeModel, list[int]]:
-        steps = self.calls + 2
-        pages = -(-trunk // PAGE) + n * -(-(length + steps + PAGE) // PAGE)
-        tree = TreeModel(self.model, num_pages=pages, page_size=PAGE)
-        for cache in (*tree.kv.k_cache, *tree.kv.v_cache):
-            cache.normal_()
-        leaves = tree.kv.fork(tree.kv.add(None, trunk), n)
-        tree.kv.append(leaves, length + 1)
-        return tree, leaves
+    def stock_decode(self, n: int, trunk: int, length: int) -> StockDecode:
+        return StockDecode(self.model, n, trunk + length)
 
-    def tree_step(self, n: int, trunk: int, shared: bool, length: int) -> float:
-        tree, leaves = self.leaves_of(n, trunk, length)
-        rows = dict.fromkeys(leaves, 1)
-        plan = tree.kv.plan(rows, reserve=self.calls + 1)
-        if not shared:
-            plan = unshared(plan, PAGE, self.device)
-        state = {"ids": self.ids(n), "first": True}
+    def loops(self, make: Callable, suffix: int, graph: bool = True) -> dict:
+        """`make`: the loop at a length of the suffix."""
+        found: dict[str, list] = {}
+        for third in (1, 3, 5):
+            loop = make(length=suffix * third // 6)
+            if isinstance(loop, TreeDecode):
+                found.setdefault("error", []).append(self.follows(loop))
+            seconds = functools.partial(self.step_seconds, loop)
+            one = {"eager_s": seconds(loop.step)}
+            one["parts"] = self.parts(lambda loop=loop: (loop.grow(), loop.step()), one["eager_s"])
+            one |= self.graph_of(loop, seconds) if graph else {}
+            for name, value in one.items():
+                found.setdefault(name, []).append(value)
+            del loop, seconds
+        return summed(found, suffix)
 
-        def step() -> None:
-            if not state["first"]:
-                tree.kv.append(leaves)
-                plan.advance_()
-            state["first"] = False
-            state["ids"] = self.logits(tree.forward(rows, state["ids"], plan=plan)).argmax(-1)
+    def parts(self, call: Callable, whole: float) -> dict[str, float]:
+        return parts_of(call, self.model, self.device, whole)
 
-        return self.seconds(step)
+    def step_seconds(self, loop, step: Callable) -> float:
+        def once() -> None:
+            loop.grow()
+            step()
 
-    def stock_step(self, n: int, trunk: int, length: int) -> float:
-        cache, c = DynamicCache(), self.config
-        shape = n, c.num_key_value_heads, trunk + length, c.hidden_size // c.num_attention_heads
-        for layer in range(c.num_hidden_layers):
-            cache.update(*(torch.randn(shape, device=self.device, dtype=self.model.dtype) for _ in "kv"), layer)
-        state = {"ids": self.ids(n, 1)}
+        return self.seconds(once, self.calls, self.rounds)
 
-        def step() -> None:
-            out = self.model(state["ids"], past_key_values=cache, use_cache=True)
-            state["ids"] = out.logits[:, -1:].argmax(-1)
+    def follows(self, loop: TreeDecode) -> float:
+        """The loop's kept plan and tensors, step by step, against a plan that is made anew for each."""
+        worst = 0.0
+        for _ in range(CHECKED):
+            ids = loop.ids.clone()
+            got = loop.step().clone()
+            worst = max(worst, self.compare("the advanced plan", got, loop.anew(ids)))
+            loop.grow()
+        return worst
 
-        return self.seconds(step)
-
-    def attention(self, n: int, trunk: int, length: int) -> float:
-        """Of a step of ours: tree_attention alone, in all layers."""
-        tree, leaves = self.leaves_of(n, trunk, length)
-        c, kv = self.config, tree.kv
-        plan = kv.plan(dict.fromkeys(leaves, 1))
-        head_dim = c.hidden_size // c.num_attention_heads
-        q = torch.randn(n, c.num_attention_heads, head_dim, device=self.device).to(self.model.dtype)
-
-        def attend() -> None:
-            for k_cache, v_cache in zip(kv.k_cache, kv.v_cache):
-                api.tree_attention(q, k_cache, v_cache, plan)
-
-        return self.seconds(attend)
+    def static(self, n: int, trunk: int, suffix: int) -> dict:
+        """transformers under a graph. Every step reads all places of its cache, however full: one length will do."""
+        most = -(-(trunk + suffix) // 8) * 8
+        loop = StaticDecode(self.model, n, trunk + suffix // 2, most)
+        found = self.graph_of(loop, functools.partial(self.step_seconds, loop))
+        return found | ({"graph_s": suffix * found["graph_s"]} if "graph_s" in found else {})
 
     def prefill(self, trunk: int) -> float:
+        """Of the trunk, once."""
         tree = TreeModel(self.model, num_pages=-(-trunk // PAGE), page_size=PAGE)
-        ids = self.ids(trunk)
+        ids = random_ids(self.model, trunk)
 
         def once() -> None:
             root = tree.kv.add(None, trunk)
             tree.forward({root: trunk}, ids)
             tree.kv.release(root)
 
-        return self.seconds(once)
+        return self.seconds(once, 1, 2)
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
@@ -209,78 +255,88 @@ class Models:
     def score(self, candidates: int, prompt: int, steps: int, tokens: int, batch: int) -> dict:
         """One-shot: all candidates at once. Step by step: after every step, the new step of each; stock encodes prompt
         and all steps anew, `batch` candidates at a time."""
-        width, done = prompt + steps * tokens, [steps * k // 6 for k in (1, 3, 5)]
-        ours = [self.increment(candidates, prompt, k * tokens, tokens) for k in done]
-        stock = [self.encode(candidates, prompt + (k + 1) * tokens, batch) for k in done]
-        return {
-            "candidates": candidates, "prompt": prompt, "steps": steps, "tokens": tokens,
-            "one_shot_s": {
-                "ours": self.pack(candidates, prompt, steps * tokens, steps, batch),
-                "stock": self.encode(candidates, width, batch),
-            },
-            "step_wise_s": {"ours": steps * statistics.fmean(ours), "stock": steps * statistics.fmean(stock)},
-        }  # fmt: skip
+        begin = random_ids(self.model, prompt)
+        rest = random_ids(self.model, candidates, steps * tokens)
+        whole = torch.cat([begin.expand(candidates, -1), rest], 1)
+        entry = {"candidates": candidates, "prompt": prompt, "steps": steps, "tokens": tokens}
 
-    def scores(self, hidden: torch.Tensor, every: int) -> torch.Tensor:
-        """Of the rows that end a step of `every` rows, each a candidate's."""
-        positions = torch.arange(every - 1, hidden.shape[0], every, device=self.device)
-        offsets = torch.arange(len(positions) + 1, device=self.device)
-        return step_scores(hidden, positions, self.head, offsets=offsets).prob
+        def one_shot(name: str) -> object:
+            if name == STOCK:
+                return StockScores(self.model, self.head, whole, prompt, batch, tokens)
+            shared = name == OURS
+            return TreeScores.one_shot(self.model, self.head, begin, rest, batch, tokens, shared)
 
-    def increment(self, n: int, prompt: int, history: int, tokens: int) -> float:
-        tree, ids = self.candidates(n, prompt, history + tokens), self.ids(n * tokens)
-        leaves = tree.kv.fork(tree.kv.add(None, prompt), n)
-        tree.kv.append(leaves, history + tokens)
-        rows = dict.fromkeys(leaves, tokens)
-        return self.seconds(lambda: self.scores(tree.forward(rows, ids), tokens))
+        def step_wise(name: str, step: int) -> object:
+            end = (step + 1) * tokens
+            if name == STOCK:
+                return StockScores(self.model, self.head, whole[:, : prompt + end], prompt, batch, end)
+            ids = rest[:, step * tokens : end]
+            torch.manual_seed(step)  # the KV before it: the same for both
+            return TreeScores.increment(self.model, self.head, candidates, prompt, step * tokens, ids, name == OURS)
 
-    def pack(self, n: int, prompt: int, length: int, steps: int, batch: int) -> float:
-        tree, ids = self.candidates(n, prompt, length), self.ids(prompt)
-        rest = self.ids(batch * length)
+        kept = prompt + candidates * steps * tokens
+        entry["one_shot"] = self.scores([one_shot], 1, kept, TOO_LONG, (OURS, NOT_SHARED, STOCK))
+        done = [functools.partial(step_wise, step=steps * third // 6) for third in (1, 3, 5)]
+        entry["step_wise"] = self.scores(done, steps, kept, "", (OURS, NOT_SHARED))
+        return entry
 
-        def once() -> None:
-            root = tree.kv.add(None, prompt)
-            tree.forward({root: prompt}, ids)
-            for first in range(0, n, batch):
-                leaves = tree.kv.fork(root, min(batch, n - first))
-                tree.kv.append(leaves, length)
-                hidden = tree.forward(dict.fromkeys(leaves, length), rest[: len(leaves) * length])
-                self.scores(hidden, length // steps)
-                tree.kv.release(leaves)
-            tree.kv.release(root)
+    def scores(self, makes: list[Callable], times: int, tokens: int, no_graph: str, alike: tuple[str, ...]) -> dict:
+        """`makes`: the call of a method, by its name. So many `times` the mean over them are its seconds. The methods
+        in `alike` give the same scores."""
+        entry: dict = {"methods": {}, "missing": {}, "wrong": []}
+        known: list[Tensor] = []  # of each call, the first method's
 
-        return self.seconds(once)
+        def measure(name: str) -> dict:
+            found: dict[str, list] = {}
+            without = no_graph or (STOCK_WAITS if name == STOCK else "")
+            for i, make in enumerate(makes):
+                call = make(name)
+                got = call.step().clone()
+                one: dict = {}
+                if name in alike:
+                    if len(known) <= i:
+                        known.append(got)
+                    one["error"] = self.compare(name, got, known[i])
+                one["eager_s"] = self.seconds(call.step, 1, 2)
+                one["parts"] = self.parts(call.step, one["eager_s"])
+                if without:
+                    one["missing_graph"] = without
+                else:
+                    one |= self.graph_of(call, lambda step: self.seconds(step, 1, 2))
+                for key, value in one.items():
+                    found.setdefault(key, []).append(value)
+                del call
+            return summed(found, times)
 
-    def encode(self, n: int, length: int, batch: int) -> float:
-        ids = self.ids(batch, length)
-
-        def once() -> None:
-            for _ in range(-(-n // batch)):
-                hidden = self.model.model(ids, use_cache=False).last_hidden_state
-                self.scores(hidden.flatten(0, 1), length)
-
-        return self.seconds(once)
-
-    def candidates(self, n: int, prompt: int, length: int) -> TreeModel:
-        pages = -(-prompt // PAGE) + n * -(-length // PAGE)
-        return TreeModel(self.model, num_pages=pages, page_size=PAGE)
+        for name in (OURS, NOT_SHARED, STOCK):
+            self.attempt(entry, name, tokens if name != STOCK else 0, functools.partial(measure, name))
+        return entry
 
 
-def unshared(plan: TreePlan, page_size: int, device: torch.device) -> TreePlan:
-    """Every row's path as a root of its own over the same pages; inner nodes fill theirs."""
-    nodes, pages = plan.nodes.tolist(), plan.pages.tolist()
-    ends = [*sorted(nodes[PAGE_BEGIN])[1:], len(pages)]
-    end_of = dict(zip(sorted(nodes[PAGE_BEGIN]), ends))
-    lengths, tables = [], []
-    for node in plan.rows[1].tolist():
-        path = []
-        while node >= 0:
-            path.insert(0, node)
-            node = nodes[PARENT][node]
-        lengths.append(sum(nodes[LENGTH][n] for n in path))
-        tables.append([page for n in path for page in pages[nodes[PAGE_BEGIN][n] : end_of[nodes[PAGE_BEGIN][n]]]])
-    return TreePlan.from_nodes([-1] * len(lengths), lengths, tables, [1] * len(lengths), page_size=page_size,
-                               device=device)  # fmt: skip
+def summed(found: dict[str, list], times: int) -> dict:
+    """A method's entry, from what was found at each length: so many times the means; the largest errors."""
+    result: dict = {name: max(values) for name, values in found.items() if name.endswith("error")}
+    for name in ("eager_s", "graph_s"):
+        if len(found.get(name, ())) == len(found["eager_s"]):
+            result[name] = times * statistics.fmean(found[name])
+    names = [name for name in PARTS if any(name in parts for parts in found["parts"])]
+    result["parts"] = {
+        name: times * statistics.fmean(parts.get(name, 0.0) for parts in found["parts"]) for name in names
+    }
+    if "missing_graph" in found:
+        result["missing_graph"] = found["missing_graph"][0]
+    return result
+
+
+def told(what: str, entry: dict) -> str:
+    """A line of the table."""
+    modes = (("eager_s", "eager"), ("graph_s", "graph"))
+    texts = [
+        f"{name} " + ", ".join(f"{run[key]:.2f} s {mode}" for key, mode in modes if key in run)
+        for name, run in entry["methods"].items()
+        if "eager_s" in run or "graph_s" in run
+    ]
+    return f"{what}: " + "; ".join(texts + [f"no {name}" for name in entry["missing"] if "graph" not in name])
 
 
 def main() -> int:
@@ -292,20 +348,27 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models, found = Models(settings, device), {"decode": [], "score": []}
     print(f"logits of ours and stock differ by {models.check():.2g} of the largest", flush=True)
+    wrong = []
+
+    def keep(kind: str, entry: dict, *lines: tuple[str, dict]) -> None:
+        found[kind].append(entry)
+        given.out.write_text(json.dumps(found, allow_nan=False))
+        for what, runs in lines:
+            print(told(what, runs), flush=True)
+            wrong.extend(f"wrong: {name} of {what}: {runs['missing'][name]}" for name in runs["wrong"])
+
     for case in settings["decode"]:
         entry = models.decode(*case)
-        found["decode"].append(entry)
-        given.out.write_text(json.dumps(found, allow_nan=False))
-        times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in entry["seconds"].items())
-        missing = "".join(f", no {name}: {why}" for name, why in entry["missing"].items())
-        print("decode N={} over {} + {}: ".format(*case) + times + missing, flush=True)
+        keep("decode", entry, ("decode N={} over {} + {}".format(*case), entry))
     entry = models.score(**settings["score"])
-    found["score"].append(entry)
-    given.out.write_text(json.dumps(found, allow_nan=False))
-    for kind in ("one_shot_s", "step_wise_s"):
-        times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in entry[kind].items())
-        print(f"{kind.removesuffix('_s')} scores of {entry['candidates']} candidates: {times}", flush=True)
-    return 0
+    keep(
+        "score",
+        entry,
+        *((f"{kind} scores of {entry['candidates']}", entry[kind]) for kind in ("one_shot", "step_wise")),
+    )
+    for text in wrong:
+        print(text)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -58,8 +58,7 @@ def device_section(record: dict, plot: str | None) -> str:
         ["stage", "", "seconds", ""],
         [[name, s["status"], f"{s['seconds']:.0f}", "; ".join(s["lines"][:1])] for name, s in record["stages"].items()],
     )
-    if record["stages"].get("models", {}).get("decode"):
-        lines += ["Whole models:", "", *(f"- {line}" for line in record["stages"]["models"]["lines"]), ""]
+    lines += whole_models(record["stages"].get("models", {}))
     entries = records.cases(record)
     if not entries:
         return "\n".join([*lines, "Benchmarks: not yet measured.", ""])
@@ -77,6 +76,35 @@ def device_section(record: dict, plot: str | None) -> str:
         lines += ["Not run: " + "; ".join(bench["not_run"]) + ".", ""]
     missing = [f"- {why} ({count} cases)" for why, count in reasons(entries).items()]
     return "\n".join([*lines, "### Missing", "", *(missing or ["Nothing."]), ""])
+
+
+WHOLE = """A model of a 7B model's shapes with random weights, bf16: decoding by as many samples, and a verifier's
+scores of as many candidates, in one call and after every step. Seconds of the whole; of the eager run the share of each
+part. *Not shared* is ours, where every row reads its whole path for itself.
+"""
+
+
+def whole_models(stage: dict) -> list[str]:
+    """A table of the runs of the stage `models`, a row for each method and mode."""
+    runs = [
+        (f"decode, N = {e['samples']}, {e['trunk']:,} + {e['suffix']:,} tokens", e) for e in stage.get("decode", ())
+    ]
+    for e in stage.get("score", ()):
+        size = f"{e['candidates']} candidates of {e['steps']} x {e['tokens']} tokens behind {e['prompt']}"
+        runs += [(f"{kind.replace('_', '-')} scores, {size}", e[kind]) for kind in ("one_shot", "step_wise")]
+    if not runs:
+        return []
+    parts = list(dict.fromkeys(part for _, e in runs for run in e["methods"].values() for part in run.get("parts", {})))
+    rows, missing = [], []
+    for what, e in runs:
+        for name, run in e["methods"].items():
+            parts_s, whole = run.get("parts", {}), run.get("eager_s")
+            shares = [percent(parts_s[part] / whole) if whole and part in parts_s else "-" for part in parts]
+            seconds = [number(run.get(key)) for key in ("eager_s", "graph_s")]
+            rows.append([what, name, *seconds, *shares])
+        missing += [f"- {what}: no {name}: {why}" for name, why in e["missing"].items()]
+    head = ["run", "", "eager, s", "under a graph, s", *parts]
+    return ["### Whole models", "", *WHOLE.splitlines(), "", *table(head, rows), *missing, *[""] * bool(missing)]
 
 
 def summary_row(name: str, entries: list[dict]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..report import RESULTS, write
 
 KIND = "gpu"
+VERSION = 2  # of the layout; 1 had no layout of the stage models
 SCHEMA = json.loads(Path(__file__).with_name("schema.json").read_text())
 TYPES = {
     "object": dict,
@@ -36,7 +37,7 @@ def check(value, schema: dict = SCHEMA, where: str = "record") -> None:
     if not fits:
         raise ValueError(f"{where}: expected {' or '.join(types)}, got {value!r:.80}")
     if "enum" in schema and value not in schema["enum"]:
-        raise ValueError(f"{where}: expected one of {', '.join(schema['enum'])}, got {value!r:.80}")
+        raise ValueError(f"{where}: expected one of {', '.join(map(str, schema['enum']))}, got {value!r:.80}")
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= schema.get("minimum", value):
         raise ValueError(f"{where}: expected at least {schema['minimum']}, got {value}")
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
@@ -178,6 +179,8 @@ def build(head_dims: set[int]) -> None:
                 gen_batch_prefill_module, backend, bf16, bf16, bf16, torch.int32, dim, dim, 0, no, no, no
             )
     known: dict[str, str] = {}
+    writing = threading.Lock()
+    ERRORS.parent.mkdir(parents=True, exist_ok=True)
 
     def one(name: str) -> None:
         try:
@@ -187,8 +190,8 @@ def build(head_dims: set[int]) -> None:
             lines = str(error).splitlines() or [type(error).__name__]
             known[name] = next((line for line in lines if "error:" in line), lines[0])[-200:]
         print(f"FlashInfer {name}: {known[name] or 'built'}", flush=True)
-        ERRORS.parent.mkdir(parents=True, exist_ok=True)
-        ERRORS.write_text(json.dumps(known))
+        with writing:  # threads finish side by side
+            ERRORS.write_text(json.dumps(dict(known)))
 
     os.environ.setdefault("MAX_JOBS", str(max((os.cpu_count() or 1) // BUILDERS, 1)))  # compilers of each
     with ThreadPoolExecutor(BUILDERS) as pool:

@@ -76,7 +76,7 @@ def test_the_whole_pipeline(tmp_path):
     assert set(status.values()) == {"passed"}
     assert list(status) == ["build", "compile", "test", "sanitize", "bench", "models"]
     decode = written["stages"]["models"]["decode"][0]
-    assert set(decode["seconds"]) == {"ours", "not shared", "stock"} and decode["attention_share"] > 0
+    assert set(decode["methods"]) == {"ours", "not shared", "stock"} and decode["methods"]["ours"]["eager_s"] > 0
     assert "2 Triton kernels for sm_90" in written["stages"]["compile"]["lines"][0]
     assert written["stages"]["test"]["counts"]["passed"] > 3
 

@@ -42,7 +42,7 @@ def whole(entries=(), **more):
         "ceilings_after": CEILINGS, "cases": list(entries) or [entry()], "not_run": [],
     }  # fmt: skip
     return {
-        "kind": "gpu", "version": 1, "date": "2026-12-01T10:00:00+00:00", "grid": "full",
+        "kind": "gpu", "version": record.VERSION, "date": "2026-12-01T10:00:00+00:00", "grid": "full",
         "commit": {"id": "0123456789abcdef", "dirty": False},
         "device": {"name": "NVIDIA H200", "arch": "sm_90", "memory_bytes": 1, "l2_bytes": 1, "multiprocessors": 132,
                    "driver": "580"},
@@ -73,6 +73,8 @@ CASE = (*BENCH, "cases", 0)
         (("device",), None, "record: expected a member 'device'"),
         (("extra",), 1, "record: expected no member 'extra'"),
         (("version",), True, "record.version: expected integer, got True"),
+        (("version",), 1, "record.version: expected one of 2, got 1"),
+        (("stages", "models"), {"status": "passed"}, "record.stages.models: expected a member 'seconds'"),
         (("kind",), "cpu", "record.kind: expected one of gpu"),
         ((*BENCH, "status"), "fine", "record.stages.bench.status: expected one of passed"),
         ((*BENCH, "ceilings", "bytes_per_s"), 0.0, "ceilings.bytes_per_s: expected at least 1, got 0.0"),
