@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tts_kernels.tree.checks import fail
 
 FAMILIES: list[Backends] = []
+TENSORS = (Tensor, torch.nn.Parameter)  # not their subclasses, which may be anything
 
 
 def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
@@ -35,6 +36,17 @@ def unsupported_reasons(op: str, backend: str, *tensors: Tensor) -> list[str]:
     return families[op].unsupported_reasons(op, backend, *tensors)
 
 
+class Checked(dict):
+    """Calls that have passed every check but those of values, by their `metadata`, and what was found out for them."""
+
+    MOST = 1024  # a few for each batch size
+
+    def keep(self, call: tuple, found: object) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        self[call] = found
+
+
 @dataclass(frozen=True)
 class Backends:
     """The backends of one family of ops. Each is a module with `unsupported_reasons(op, *tensors) -> list[str]`,
@@ -46,6 +58,7 @@ class Backends:
     preference  by device type, the names in the order in which the default tries them
     ops         every public op, and the op that backends know it as
     measured    (op, *tensors): the name that was measured fastest for such a call on that device, or None
+    checked     by which backend such a call was run
     """
 
     family: str
@@ -55,6 +68,7 @@ class Backends:
     ops: dict[str, str]
     measured: Callable[..., str | None] | None = None
     loaded: dict[str, ModuleType | str] = field(default_factory=dict)
+    checked: Checked = field(default_factory=Checked)
 
     def __post_init__(self) -> None:
         FAMILIES.append(self)
@@ -109,6 +123,40 @@ class Backends:
 
     def preferred(self, device: torch.device) -> tuple[str, ...]:
         return self.preference.get(device.type, ("reference",))
+
+    def keep(self, call: tuple | None, op: str, backend: str, *tensors: Tensor) -> None:
+        """For `checked`, after a call that went well."""
+        if call and tensors[0].device.type in self.preference:
+            self.checked.keep(call, backend or self.choose(op, *tensors))
+
+
+def metadata(tensors: tuple[Tensor | None, ...], *others: Hashable) -> tuple | None:
+    """All that checks and the choice of a backend look at, the values in tensors apart. None where the call is not
+    `plain` or a tensor is not."""
+    if not plain():
+        return None
+    told: list = [others, torch.is_grad_enabled()]
+    for x in tensors:
+        if x is None:
+            told.append(None)
+        elif type(x) in TENSORS:
+            told += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.requires_grad, x.is_neg())
+        else:
+            return None
+    return tuple(told)
+
+
+def plain() -> bool:
+    """Whether torch's dispatcher would do nothing with an op but call its implementation: nobody compiles, traces,
+    transforms, watches or profiles."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+    )
 
 
 _library = torch.library.Library("tts_kernels", "FRAGMENT")

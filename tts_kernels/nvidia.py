@@ -64,9 +64,10 @@ def has_ptx_for(archs: list[str], capability: tuple[int, int]) -> bool:
 
 def place(device: torch.device) -> tuple[int, int]:
     """Device and stream, as the native module takes them; of CPU tensors, for the emulated module, none."""
-    if device.type == "cpu":
+    index = device.index
+    if index is None:
         return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def captures(device: torch.device) -> bool:

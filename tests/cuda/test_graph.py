@@ -67,8 +67,9 @@ class Calls:
         module = importlib.import_module(f"tts_kernels.attention.{layers.backend}")
         self.calls = []
         layers()
-        for name in ("append_kv", "tree_attention"):
-            monkeypatch.setattr(module, name, self.recorder(getattr(module, name)))
+        attention = (module.TreeCall, "__call__") if layers.backend == "cuda" else (module, "tree_attention")
+        for owner, name in ((module, "append_kv"), attention):
+            monkeypatch.setattr(owner, name, self.recorder(getattr(owner, name)))
         layers()
         monkeypatch.undo()
 

@@ -8,11 +8,12 @@ is dense, so a view of an HND cache works. Nothing is written before every check
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tts_kernels.dispatch import Backends, register
+from tts_kernels.dispatch import Backends, metadata, register
 from tts_kernels.tree.plan import TreePlan
 
 from . import checks, tables, work
@@ -84,7 +85,12 @@ def tree_attention(
     There is no backward: tensors that need a gradient are refused while grad mode is on. Under torch.compile the op is
     opaque and needs no graph break.
     """
-    checks.check_attention(q, k_cache, v_cache, plan)
+    call = kept_call(plan, backend, q, k_cache, v_cache, out)
+    if call is None:
+        checks.check_attention(q, k_cache, v_cache, plan)
+        if out is not None:
+            checks.check_out(out, q)
+        name = BACKENDS.check(backend)
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else checks.check_number("scale", scale)
@@ -95,19 +101,21 @@ def tree_attention(
     sinks = checks.check_sinks(sinks, num_q_heads, q.device)
     k_scale = checks.per_head("k_scale", k_scale, num_kv_heads, q.device)
     v_scale = checks.per_head("v_scale", v_scale, num_kv_heads, q.device)
-    backend = BACKENDS.check(backend)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        checks.check_out(out, q)
+    given, out = out, torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty((num_rows, num_q_heads), dtype=torch.float32, device=q.device) if return_lse else None
     # Pages held in reserve may lie outside the cache, pages in use may not: where the plan's largest id does, look.
     check = check or plan.max_page >= k_cache.shape[0]
-    table, scratch, tile = work_of(plan, q, k_cache, v_cache, backend)
-    torch.ops.tts_kernels.tree_attention.default(
-        out, lse, q, k_cache, v_cache, plan.nodes, plan.pages, plan.rows, plan.page_size, plan.causal,
-        scale, softcap, window, sinks, k_scale, v_scale, table, scratch, tile, backend, check,
-    )  # fmt: skip
+    tensors = out, lse, q, k_cache, v_cache, plan.nodes, plan.pages, plan.rows
+    numbers = scale, softcap, window, sinks, k_scale, v_scale
+    if call is not None:
+        check_values(*tensors, plan.page_size, sinks, k_scale, v_scale, check)
+        call(*tensors, plan.causal, *numbers)
+    else:
+        table, scratch, tile = work_of(plan, q, k_cache, v_cache, name)
+        torch.ops.tts_kernels.tree_attention.default(
+            *tensors, plan.page_size, plan.causal, *numbers, table, scratch, tile, name, check
+        )
+        keep_call(plan, backend, (q, k_cache, v_cache, given), out, table)
     return out if lse is None else (out, lse)
 
 
@@ -198,21 +206,22 @@ def append_kv(
     Raises:
         TypeError, ValueError, RuntimeError: as in `tree_attention`.
     """
-    checks.check_caches("k", k, k_cache, v_cache, heads="Hkv")
-    checks.check_tensor("v", v, "[R, Hkv, D]", k.device)
-    if k.shape[1] != k_cache.shape[2]:
-        checks.fail("k", f"the {k_cache.shape[2]} KV heads of k_cache", f"shape {tuple(k.shape)}")
-    if v.shape != k.shape:
-        checks.fail("v", f"shape {tuple(k.shape)} like k", tuple(v.shape))
-    if v.dtype != k.dtype:
-        checks.fail("v", f"dtype {k.dtype} like k", v.dtype, TypeError)
-    checks.check_slots(slots, k.shape[0], k.device)
-    positions = checks.check_rope(k, cos_sin_cache, positions, is_neox, q)
-    q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    torch.ops.tts_kernels.append_kv.default(
-        k, v, k_cache, v_cache, slots.contiguous(), BACKENDS.check(backend), check,
-        cos_sin_cache, positions, is_neox, q, q_out,
-    )  # fmt: skip
+    tensors = k, v, k_cache, v_cache, slots
+    call = metadata((*tensors, cos_sin_cache, positions, q), "append_kv", backend, type(is_neox))
+    ran_by = call and BACKENDS.checked.get(call)
+    if not ran_by:
+        checks.check_append(*tensors)
+        checks.check_rope(k, cos_sin_cache, positions, is_neox, q)
+        name = BACKENDS.check(backend)
+    q_out = None if q is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    positions = None if positions is None else checks.as_int64(positions)
+    arguments = k, v, k_cache, v_cache, slots.contiguous()
+    rope = cos_sin_cache, positions, is_neox, q, q_out
+    if ran_by:
+        append(BACKENDS.load(ran_by), *arguments, check, *rope)
+    else:
+        torch.ops.tts_kernels.append_kv.default(*arguments, name, check, *rope)
+        BACKENDS.keep(call, "append_kv", name, *tensors)
     return q_out
 
 
@@ -232,8 +241,40 @@ def merge_states(out: Tensor, lse: Tensor, *, backend: str | None = None) -> tup
     Raises:
         TypeError, ValueError, RuntimeError: as in `tree_attention`.
     """
+    call = metadata((out, lse), "merge_states", backend)
+    ran_by = call and BACKENDS.checked.get(call)
+    if ran_by:
+        return BACKENDS.load(ran_by).merge_states(out, lse)
     checks.check_states(out, lse)
-    return torch.ops.tts_kernels.merge_states.default(out, lse, BACKENDS.check(backend))
+    name = BACKENDS.check(backend)
+    merged = torch.ops.tts_kernels.merge_states.default(out, lse, name)
+    BACKENDS.keep(call, "merge_states", name, out, lse)
+    return merged
+
+
+def kept_call(plan: TreePlan, backend: str | None, *tensors: Tensor | None) -> Callable | None:
+    """What a backend has kept of an earlier call of tree_attention with this plan: of q, k_cache, v_cache and out there
+    is nothing left to check but values, and nothing to choose."""
+    if torch.compiler.is_compiling() or not isinstance(plan, TreePlan) or not plan.works:
+        return None
+    call = metadata(tensors, backend, plan.page_size, plan.num_rows, plan.device)
+    for made in plan.works.values() if call else ():
+        if call in made.calls:
+            return made.calls[call]
+    return None
+
+
+def keep_call(
+    plan: TreePlan, backend: str | None, tensors: tuple[Tensor | None, ...], out: Tensor, table: Tensor | None
+) -> None:
+    """For `kept_call`, after a call with this table of a work list that went well."""
+    if torch.compiler.is_compiling() or table is None or not plan.num_rows:
+        return
+    call = metadata(tensors, backend, plan.page_size, plan.num_rows, plan.device)
+    for (*_, name), made in plan.works.items() if call else ():
+        module = BACKENDS.load(name)
+        if made.table is table and hasattr(module, "TreeCall"):
+            made.calls.keep(call, module.TreeCall(out, *tensors[:3], plan.nodes, plan.page_size, made))
 
 
 def work_of(
@@ -268,13 +309,7 @@ def _tree_attention(
     out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
     scale, softcap, window, sinks, k_scale, v_scale, table, scratch, tile, backend, check,
 ):  # fmt: skip
-    checks.check_no_nan("sinks", sinks, check)
-    checks.check_no_nan("k_scale", k_scale, check)
-    checks.check_no_nan("v_scale", v_scale, check)
-    if out.numel() and out.data_ptr() == q.data_ptr():
-        checks.fail("out", "memory of its own", "the memory of q")
-    if check:
-        checks.check_pages(nodes, pages, page_size, k_cache.shape[0])
+    check_values(out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, sinks, k_scale, v_scale, check)
     module = BACKENDS.pick("tree_attention", backend, q, k_cache, v_cache)
     if q.shape[0]:
         module.tree_attention(
@@ -283,16 +318,30 @@ def _tree_attention(
         )  # fmt: skip
 
 
+def check_values(out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, sinks, k_scale, v_scale, check) -> None:
+    checks.check_no_nan("sinks", sinks, check)
+    checks.check_no_nan("k_scale", k_scale, check)
+    checks.check_no_nan("v_scale", v_scale, check)
+    if out.numel() and out.data_ptr() == q.data_ptr():
+        checks.fail("out", "memory of its own", "the memory of q")
+    if check:
+        checks.check_pages(nodes, pages, page_size, k_cache.shape[0])
+
+
 def _append_kv(
     k, v, k_cache, v_cache, slots, backend, check,
     cos_sin_cache=None, positions=None, is_neox=True, q=None, q_out=None,
 ):  # fmt: skip
+    module = BACKENDS.pick("append_kv", backend, k, v, k_cache, v_cache, slots)
+    append(module, k, v, k_cache, v_cache, slots, check, cos_sin_cache, positions, is_neox, q, q_out)
+
+
+def append(module, k, v, k_cache, v_cache, slots, check, cos_sin_cache, positions, is_neox, q, q_out) -> None:
     rope = None if cos_sin_cache is None else Rope(cos_sin_cache, positions, is_neox, q, q_out)
     if check:
         checks.check_slot_range(slots, k_cache.shape[0] * k_cache.shape[1])
         if rope is not None:
             checks.check_positions(positions, slots, cos_sin_cache.shape[0], q is not None)
-    module = BACKENDS.pick("append_kv", backend, k, v, k_cache, v_cache, slots)
     if k.shape[0]:
         module.append_kv(k, v, k_cache, v_cache, slots, rope)
 

@@ -130,6 +130,18 @@ def check_sinks(sinks: Tensor | None, num_q_heads: int, device: torch.device) ->
     return per_head("sinks", sinks, num_q_heads, device)
 
 
+def check_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    check_caches("k", k, k_cache, v_cache, heads="Hkv")
+    check_tensor("v", v, "[R, Hkv, D]", k.device)
+    if k.shape[1] != k_cache.shape[2]:
+        fail("k", f"the {k_cache.shape[2]} KV heads of k_cache", f"shape {tuple(k.shape)}")
+    if v.shape != k.shape:
+        fail("v", f"shape {tuple(k.shape)} like k", tuple(v.shape))
+    if v.dtype != k.dtype:
+        fail("v", f"dtype {k.dtype} like k", v.dtype, TypeError)
+    check_slots(slots, k.shape[0], k.device)
+
+
 def check_slots(slots: Tensor, num_rows: int, device: torch.device) -> None:
     if not isinstance(slots, Tensor):
         fail("slots", "a tensor [R]", type(slots).__name__, TypeError)
@@ -141,15 +153,12 @@ def check_slots(slots: Tensor, num_rows: int, device: torch.device) -> None:
         fail("slots", f"a tensor on {device}", f"one on {slots.device}")
 
 
-def check_rope(
-    k: Tensor, cos_sin: Tensor | None, positions: Tensor | None, is_neox: bool, q: Tensor | None
-) -> Tensor | None:
-    """`positions` as contiguous int64."""
+def check_rope(k: Tensor, cos_sin: Tensor | None, positions: Tensor | None, is_neox: bool, q: Tensor | None) -> None:
     if cos_sin is None:
         for name, given in (("positions", positions), ("q", q)):
             if given is not None:
                 fail(name, "None without cos_sin_cache", type(given).__name__, TypeError)
-        return None
+        return
     check_tensor("cos_sin_cache", cos_sin, "[max_position, rotary_dim]", k.device)
     if cos_sin.dtype not in FLOATS:
         fail("cos_sin_cache", "dtype float32, float16 or bfloat16", cos_sin.dtype, TypeError)
@@ -173,7 +182,11 @@ def check_rope(
         fail("positions", f"shape [{k.shape[0]}], one for each row of k", f"shape {tuple(positions.shape)}")
     if positions.device != k.device:
         fail("positions", f"a tensor on {k.device}", f"one on {positions.device}")
-    return positions.to(torch.int64).contiguous()
+
+
+def as_int64(x: Tensor) -> Tensor:
+    """Contiguous, as the backends take integers."""
+    return (x if x.dtype == torch.int64 else x.to(torch.int64)).contiguous()
 
 
 def check_states(out: Tensor, lse: Tensor) -> None:

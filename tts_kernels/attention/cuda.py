@@ -11,7 +11,6 @@ CPU tensors.
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, ROWS_END, TreePlan
 
 from .counts import WorkCounts
 from .device_work import make_device_work
-from .work import Work, key_of, made_for, most_chunks, num_chunks, refuse_capture, tiles, work_lists, work_of_lists
+from .work import Work, key_of, most_chunks, num_chunks, refuse_capture, tiles, work_of_call
 
 try:
     from tts_kernels import _C as native
@@ -95,51 +94,46 @@ def tree_attention(
     out, lse, q, k_cache, v_cache, nodes, pages, rows, page_size, causal,
     scale, softcap, window, sinks, k_scale, v_scale, work,
 ):  # fmt: skip
-    num_rows, num_q_heads, head_dim = q.shape
-    num_kv_heads, num_nodes = k_cache.shape[2], nodes.shape[1]
-    config = made_for(work, "cuda")
-    if config is None:
-        config, *work = work_without_plan(nodes, q, k_cache)
-    table, scratch, *_ = work
-    num_items = (table.numel() - num_nodes - num_rows - 1) // 4
-    num_states = (scratch.numel() - num_rows * num_q_heads) // (num_q_heads * (head_dim + 2))
-    native.cuda_tree_attention(
-        place(q.device),
-        strided(out),
-        address(lse),
-        strided(q),
-        strided(k_cache),
-        strided(v_cache),
-        (nodes.data_ptr(), pages.data_ptr(), rows.data_ptr()),
-        (num_rows, num_q_heads, num_kv_heads, head_dim, num_nodes, page_size),
-        address(sinks),
-        address(k_scale),
-        address(v_scale),
-        window,
-        causal,
-        scale,
-        softcap,
-        DTYPES[q.dtype],
-        DTYPES[k_cache.dtype],
-        (table.data_ptr(), num_items, scratch.data_ptr(), num_states),
-        (config.wide_rows, config.min_chunk, config.max_chunks, config.num_stages),
-    )
+    num_counters = q.shape[0] * q.shape[1]
+    work = work_of_call(work, "cuda", nodes, q, k_cache, config_of, num_counters)
+    call = TreeCall(out, q, k_cache, v_cache, nodes, page_size, work)
+    call(out, lse, q, k_cache, v_cache, nodes, pages, rows, causal, scale, softcap, window, sinks, k_scale, v_scale)
 
 
-def work_without_plan(nodes: Tensor, q: Tensor, k_cache: Tensor) -> tuple:
-    """For a call that came without the plan's work list: a compiled function that was traced before the plan had one.
-    Reads the nodes back from the device."""
-    refuse_capture(q)
-    warnings.warn(
-        "a compiled tree_attention without a work list makes one in every call and waits for the device: call "
-        "tree_attention once outside of torch.compile for each plan",
-        stacklevel=2,
-    )
-    config = config_of(q, k_cache)
-    heads = q.shape[1], k_cache.shape[2]
-    lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, heads[0] // heads[1], config)
-    work = work_of_lists(lists, *heads, q.shape[2], config, q.device, num_counters=q.shape[0] * q.shape[1])
-    return config, work.table, work.scratch
+class TreeCall:
+    """What calls of tree_attention with a work list have in common that are equal in shapes, strides and dtypes."""
+
+    def __init__(self, out, q, k_cache, v_cache, nodes, page_size, work: Work) -> None:
+        config, (num_rows, num_q_heads, head_dim) = work.config, q.shape
+        self.out, self.q, self.k, self.v = (x.stride()[:-1] for x in (out, q, k_cache, v_cache))
+        self.shape = num_rows, num_q_heads, k_cache.shape[2], head_dim, nodes.shape[1], page_size
+        self.dtypes = DTYPES[q.dtype], DTYPES[k_cache.dtype]
+        self.work = work.table.data_ptr(), work.num_items, work.scratch.data_ptr(), work.num_states
+        self.config = config.wide_rows, config.min_chunk, config.max_chunks, config.num_stages
+
+    def __call__(
+        self, out, lse, q, k_cache, v_cache, nodes, pages, rows, causal, scale, softcap, window, sinks, k_scale, v_scale
+    ) -> None:
+        native.cuda_tree_attention(
+            place(q.device),
+            (out.data_ptr(), *self.out),
+            address(lse),
+            (q.data_ptr(), *self.q),
+            (k_cache.data_ptr(), *self.k),
+            (v_cache.data_ptr(), *self.v),
+            (nodes.data_ptr(), pages.data_ptr(), rows.data_ptr()),
+            self.shape,
+            address(sinks),
+            address(k_scale),
+            address(v_scale),
+            window,
+            causal,
+            scale,
+            softcap,
+            *self.dtypes,
+            self.work,
+            self.config,
+        )
 
 
 def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]]) -> WorkCounts:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import warnings
 
 import torch
 import triton
@@ -23,17 +22,7 @@ from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, ROWS_END, TreePlan
 
 from . import triton_states, triton_tree
 from .counts import WorkCounts
-from .work import (
-    Work,
-    key_of,
-    made_for,
-    make_work,
-    most_chunks,
-    num_chunks,
-    refuse_capture,
-    work_lists,
-    work_of_lists,
-)
+from .work import Work, key_of, make_work, most_chunks, num_chunks, refuse_capture, work_of_call
 
 INTERPRETED = not isinstance(triton_tree.tree_tiles, triton.JITFunction)
 FP8 = torch.float8_e4m3fn
@@ -89,14 +78,10 @@ def tree_attention(
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads, num_nodes = k_cache.shape[2], nodes.shape[1]
     group = num_q_heads // num_kv_heads
-    config = made_for(work, "triton")
-    if config is None:
-        config, *work = work_without_plan(nodes, q, k_cache)
-    table, scratch, *_ = work
-    num_items = (table.numel() - num_nodes - num_rows - 1) // 4
-    num_states = scratch.numel() // (num_q_heads * (head_dim + 2))
-    items, path_chunks, first_state, _ = table.split_with_sizes([4 * num_items, num_nodes, num_rows, 1])
-    states, sums = scratch.split_with_sizes([num_states * num_q_heads * head_dim, num_states * num_q_heads * 2])
+    work = work_of_call(work, "triton", nodes, q, k_cache, config_of)
+    config, num_items, num_states = work.config, work.num_items, work.num_states
+    items, path_chunks, first_state, _ = work.table.split_with_sizes([4 * num_items, num_nodes, num_rows, 1])
+    states, sums = work.scratch.split_with_sizes([num_states * num_q_heads * head_dim, num_states * num_q_heads * 2])
     fp8_bits = needs_fp8_bits(k_cache)
     if fp8_bits:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
@@ -125,22 +110,6 @@ def tree_attention(
                 BLOCK_HEADS=heads, BLOCK_STATES=MERGE_STATES, WIDE_ROWS=config.wide_rows,
                 MIN_CHUNK=config.min_chunk, MAX_CHUNKS=config.max_chunks, num_warps=4,
             )  # fmt: skip
-
-
-def work_without_plan(nodes: Tensor, q: Tensor, k_cache: Tensor) -> tuple:
-    """For a call that came without the plan's work list: a compiled function that was traced before the plan had one.
-    Reads the nodes back from the device."""
-    refuse_capture(q)
-    warnings.warn(
-        "a compiled tree_attention without a work list makes one in every call and waits for the device: call "
-        "tree_attention once outside of torch.compile for each plan",
-        stacklevel=2,
-    )
-    config = config_of(q, k_cache)
-    heads = q.shape[1], k_cache.shape[2]
-    lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, heads[0] // heads[1], config)
-    work = work_of_lists(lists, *heads, q.shape[2], config, q.device)
-    return config, work.table, work.scratch
 
 
 def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]]) -> WorkCounts:

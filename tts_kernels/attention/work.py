@@ -7,13 +7,17 @@ have items for all the chunks that they may come to have, and the kernels read t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tts_kernels import nvidia
 from tts_kernels.configs import TreeConfig
+from tts_kernels.dispatch import Checked
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PARENT, ROWS_END, TreePlan, int_tensor
 
 NARROW, WIDE, TALL = range(3)  # an item's tile
@@ -40,8 +44,9 @@ class Work:
     num_items: int
     num_states: int
     group: int
+    calls: Checked = field(default_factory=Checked, init=False, repr=False, compare=False)  # what backends keep of them
 
-    @property
+    @functools.cached_property
     def tile(self) -> list[int]:
         """The config as the registered op takes it."""
         c = self.config
@@ -68,12 +73,37 @@ def argument(work: Work, backend: str) -> tuple[Tensor, Tensor, list[int]]:
     return work.table, work.scratch, [*work.tile, BACKENDS.index(backend)]
 
 
-def made_for(work: tuple[Tensor | None, Tensor | None, list[int]], backend: str) -> TreeConfig | None:
-    """The config of a list that came with the op, if it is one of this backend's."""
-    table, _, numbers = work
-    if table is None or numbers[-1] != BACKENDS.index(backend):
-        return None
-    return TreeConfig(*numbers[:-1])
+def work_of_call(
+    given: tuple[Tensor | None, Tensor | None, list[int]],
+    backend: str,
+    nodes: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    config_of: Callable[[Tensor, Tensor], TreeConfig],
+    num_counters: int = 0,
+) -> Work:
+    """The list that came with the registered op, if it is one of this backend's. Else the call came without the plan's,
+    from a compiled function that was traced before the plan had one: a list that is made here, from nodes that are read
+    back from the device."""
+    table, scratch, numbers = given
+    num_rows, num_q_heads, head_dim = q.shape
+    group = num_q_heads // k_cache.shape[2]
+    if table is not None and numbers[-1] == BACKENDS.index(backend):
+        num_items = (table.numel() - nodes.shape[1] - num_rows - 1) // 4
+        num_states = (scratch.numel() - num_counters) // (num_q_heads * (head_dim + 2))
+        return Work(_config(*numbers[:-1]), table, scratch, num_items, num_states, group)
+    refuse_capture(q)
+    warnings.warn(
+        "a compiled tree_attention without a work list makes one in every call and waits for the device: call "
+        "tree_attention once outside of torch.compile for each plan",
+        stacklevel=2,
+    )
+    config = config_of(q, k_cache)
+    lists = work_lists(nodes.tolist(), [0] * nodes.shape[1], 0, group, config)
+    return work_of_lists(lists, num_q_heads, k_cache.shape[2], head_dim, config, q.device, num_counters=num_counters)
+
+
+_config = functools.lru_cache(maxsize=1024)(TreeConfig)
 
 
 def refuse_capture(q: Tensor) -> None:
