@@ -38,7 +38,9 @@ from .parts import PARTS, parts_of
 OURS, NOT_SHARED, STOCK = "ours", "not shared", "stock"
 FULL = {
     "config": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-               "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 65536},
+               "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 65536,
+               # With transformers' own 0.02, roundings of bf16 grow from layer to layer at this width.
+               "initializer_range": 0.01},
     "decode": [[64, 9216, 1024], [64, 32768, 512], [64, 256, 4096]],  # samples, trunk, suffix
     "score": {"candidates": 64, "prompt": 512, "steps": 20, "tokens": 48, "batch": 8},
     "calls": 5, "rounds": 3,  # of a step of decoding; scores take a second, and are called one at a time
