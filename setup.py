@@ -51,6 +51,7 @@ ISA = {
 }
 
 CUDA_ARCHS = "80 90a 100a"
+ARCH_OF = {"hopper": "90a"}  # folders of csrc/cuda whose kernels are for one architecture
 
 TOOLCHAIN_PROBE = """
 #include <Python.h>
@@ -181,7 +182,7 @@ class Toolchain:
             of_bindings = [f"-DTTS_NO_CUDA={json.dumps(self.no_cuda)}"]
         files = [(CSRC / "bindings.cpp", of_bindings), *((path, []) for path in plain)]
         if self.cuda:
-            files += [(path, []) for path in sorted((CSRC / "cuda").rglob("*.cu"))]
+            files += [(path, []) for path in sorted((CSRC / "cuda").rglob("*.cu")) if self.cuda.codes(path)]
         return files + [(isa[name], ISA[name][0]) for name in self.isa if name in isa]
 
     def compile(self, source, flags, objects):
@@ -189,7 +190,7 @@ class Toolchain:
         target = objects / source.relative_to(CSRC).with_suffix(".o")
         compiler = [*self.cxx, *self.flags]
         if source.suffix == ".cu":
-            compiler = [self.cuda.nvcc, *self.cuda.flags]
+            compiler = [self.cuda.nvcc, *self.cuda.flags, *self.cuda.codes(source)]
         dependencies, said, heard = (target.with_suffix(suffix) for suffix in (".d", ".cmd", ".log"))
         command = [*compiler, *flags, "-MMD", "-MF", str(dependencies), "-c", str(source), "-o", str(target)]
         if not _is_current(target, dependencies, said, command):
@@ -210,7 +211,8 @@ class Toolchain:
 
 
 class Nvcc:
-    """An nvcc that was seen to compile; every object holds the code of all the architectures."""
+    """An nvcc that was seen to compile; every object holds the code of all the architectures, where ARCH_OF does not
+    say otherwise."""
 
     def __init__(self, cxx, archs, tmp):
         self.nvcc = self._find()
@@ -229,18 +231,25 @@ class Nvcc:
         why, _ = self._probe(self.archs[0], "-o", str(tmp / "probe.o"))
         if why:
             raise MissingCuda(why)
-        for arch in self.archs:
-            self.flags += self._code(arch)
-        # The oldest one's PTX too, from which drivers make code for GPUs that are none of these.
-        oldest = min(self.archs, key=lambda arch: int(re.match(r"\d+", arch)[0]))
-        if oldest.isdigit():
-            self.flags += ["-gencode", f"arch=compute_{oldest},code=compute_{oldest}"]
+        if "90a" in self.archs:
+            self.flags += ["-DTTS_HAVE_HOPPER=1"]
         said = self._probe(self.archs[0], "--dryrun")[1]
         self.includes = []  # for files of the C++ compiler that name CUDA's types
         for folder in dict.fromkeys(re.findall(r'"-I([^"]*)"', said)):
             self.includes += ["-isystem", folder]
         # Static: it loads the driver on first use, so the module can be imported where there is none.
         self.link_flags = [self._runtime(re.findall(r'"-L([^"]*)"', said)), "-ldl", "-lrt", "-lpthread"]
+
+    def codes(self, source):
+        """The flags that say for which architectures a file is compiled; none: it is left out."""
+        only = ARCH_OF.get(source.parent.name)
+        archs = [arch for arch in self.archs if only in (None, arch)]
+        flags = [flag for arch in archs for flag in self._code(arch)]
+        # The oldest one's PTX too, from which drivers make code for GPUs that are none of these.
+        oldest = min(self.archs, key=lambda arch: int(re.match(r"\d+", arch)[0]))
+        if not only and oldest.isdigit():
+            flags += ["-gencode", f"arch=compute_{oldest},code=compute_{oldest}"]
+        return flags
 
     @staticmethod
     def _find():

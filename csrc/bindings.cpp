@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_is_emulated", &tts::cuda_is_emulated);
   m.def("cuda_tree_attention", &tts::cuda_tree_attention, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_tree_attention_shared_bytes", &tts::cuda_tree_attention_shared_bytes);
+  m.def("cuda_tree_hopper_shared_bytes", &tts::cuda_tree_hopper_shared_bytes);
   m.def("cuda_work_list", &tts::cuda_work_list, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_append_kv", &tts::cuda_append_kv, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_merge_states", &tts::cuda_merge_states, py::call_guard<py::gil_scoped_release>());

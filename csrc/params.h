@@ -81,7 +81,21 @@ struct CudaTreeAttentionParams {
   int32_t num_items;
   int32_t wide_rows, min_chunk, max_chunks;  // the rule of chunks
   int32_t num_stages;                        // blocks of KV in shared memory, 2 to 4
+  int32_t num_pages;                         // of the caches
+  bool warpgroups;                           // the kernel of csrc/cuda/hopper
   Divider by_group, by_page_size;
+};
+
+// How the copy engine of sm_90 reads a tensor: cuTensorMapEncodeTiled makes it, csrc/cuda/tensor_map.h asks for it.
+struct alignas(128) TensorMap {
+  unsigned char opaque[128];
+};
+
+// The tree kernel of csrc/cuda/hopper. Boxes are [1 page, box_tokens, 1 KV head, 64 elements].
+struct HopperTreeParams {
+  CudaTreeAttentionParams tree;
+  int32_t box_tokens;  // 0: there are no maps, threads copy
+  TensorMap k, v;      // [pages, page_size, num_kv_heads, head_dim]
 };
 
 // The work list of a tree, made on the device. Its parts lie one behind the other: tts_kernels/attention/work.py.

@@ -26,6 +26,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 FUNCTION = re.compile(r"^\s*Function : (\w+)", re.MULTILINE)
 THREADS = re.compile(r"^\.nv\.info\.(\w+)\n(?:(?!^\.nv).*\n)*?\s*Attribute:\s+EIATTR_MAX_THREADS\n.*\n"
                      r"\s*Value:\s+(0x[0-9a-f]+)", re.MULTILINE)  # fmt: skip
+COMPLAINT = re.compile(r"\(C75\d\d\) .*")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -39,13 +40,19 @@ class Kernel:
     shared: int
     threads: int
     instructions: dict[str, int] = field(repr=False)
+    complaints: tuple[str, ...] = ()  # of ptxas: products of warpgroups one by one, registers not handed over
 
     def blocks(self, arch: Arch) -> int:
         return arch.blocks(self.registers, self.shared, self.threads // 32)
 
+    def count(self, *beginnings: str) -> int:
+        """Instructions whose name begins so."""
+        return sum(count for name, count in self.instructions.items() if name.startswith(beginnings))
+
     @property
     def mma(self) -> int:
-        return sum(count for name, count in self.instructions.items() if name.startswith("HMMA"))
+        """Products of warps (HMMA) and of warpgroups (HGMMA)."""
+        return self.count("HMMA", "HGMMA")
 
     @property
     def copies(self) -> dict[int, int]:
@@ -94,6 +101,7 @@ def kernels(folder: Path, shared_bytes: Callable[[str, Arch], int]) -> dict[tupl
         starts = [entry.start() for entry in entries] + [len(text)]
         names = demangled({entry[1] for entry in entries})
         made = log.with_suffix(".o")
+        complaints = COMPLAINT.findall(text)
         threads: dict[tuple[str, str], int] = {}
         instructions: dict[tuple[str, str], dict[str, int]] = {}
         for code in {entry[2] for entry in entries}:
@@ -111,6 +119,7 @@ def kernels(folder: Path, shared_bytes: Callable[[str, Arch], int]) -> dict[tupl
                 shared=figures["shared"] + shared_bytes(names[symbol], arch),
                 threads=threads[code, symbol],
                 instructions=instructions[code, symbol],
+                complaints=tuple(said for said in complaints if symbol in said or "function" not in said),
             )
     return found
 
@@ -133,18 +142,20 @@ def demangled(symbols: set[str]) -> dict[str, str]:
 
 def tree_shared_bytes(name: str, arch: Arch) -> int:
     """Of the two kinds of caches, the one that takes more: with the stages that it has on the architecture."""
-    match = re.fullmatch(r"tree_attention_kernel<\w+, (\d+)>", name)
+    match = re.fullmatch(r"tree_(attention|hopper)_kernel<\w+, (\d+)>", name)
     if not match:
         return 0
     from tts_kernels import _C as native
 
-    head_dim, sizes = int(match[1]), []
+    head_dim, sizes = int(match[2]), []
+    if match[1] == "hopper":
+        return native.cuda_tree_hopper_shared_bytes(head_dim, 3)
     for fp8 in (False, True):
 
         def size(stages: int, fp8=fp8) -> int:
             return native.cuda_tree_attention_shared_bytes(head_dim, stages, fp8)
 
-        config = cuda_tree_config("", head_dim, 8, 1 if fp8 else 2, 32, lambda n: size(n) <= arch.shared_per_block)
+        config = cuda_tree_config("", head_dim, 8, 1 if fp8 else 2, 32, lambda n, _: size(n) <= arch.shared_per_block)
         sizes.append(size(config.num_stages))
     return max(sizes)
 
@@ -156,9 +167,12 @@ def broken_rules(name: str, arch: Arch, kernel: Kernel) -> list[str]:
         broken.append(f"{kernel.shared} bytes of shared memory, a block may have {arch.shared_per_block}")
     elif not kernel.blocks(arch):
         broken.append(f"no block fits: {kernel.threads} threads of {kernel.registers} registers")
-    if name.startswith("tree_attention"):
+    broken += [f"ptxas: {said}" for said in kernel.complaints]
+    if name.startswith("tree_"):
         if not kernel.mma:
-            broken.append("no tensor core instruction (HMMA)")
+            broken.append("no tensor core instruction (HMMA, HGMMA)")
+        if name.startswith("tree_hopper") and not (kernel.count("HGMMA") and kernel.count("UTMALDG")):
+            broken.append("products of warpgroups and tile copies: expected HGMMA and UTMALDG, got none")
         narrow = {width: count for width, count in kernel.copies.items() if width < assembly.WIDE}
         if narrow or not kernel.copies:
             broken.append(f"copies of KV: expected all of 16 bytes (LDGSTS.128), got {kernel.copies}")
@@ -193,7 +207,7 @@ def table(found: dict[tuple[str, str], Kernel]) -> str:
     lines = []
     for code in dict.fromkeys(code for code, _ in found):
         arch = ARCHS[code.rstrip("af")]
-        lines.append(f"{code:{width}}  regs  spill  shared  blocks  warps  copies of 16 B  HMMA")
+        lines.append(f"{code:{width}}  regs  spill  shared  blocks  warps  copies of 16 B  HMMA, HGMMA")
         for name, kernel in sorted((name, k) for (c, name), k in found.items() if c == code):
             blocks = kernel.blocks(arch)
             lines.append(

@@ -45,9 +45,9 @@ TTS_DEVICE int thread_index_anew() {
   return index;
 }
 
-extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
-// The block's dynamic shared memory, 128-byte aligned; its first contents mean nothing.
+// The block's dynamic shared memory, 1,024-byte aligned; its first contents mean nothing.
 template <typename T>
 TTS_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
@@ -87,6 +87,15 @@ TTS_DEVICE bool all_in_warp(bool x) { return __all_sync(0xffffffffu, x) != 0; }
 TTS_DEVICE bool sync_block_any(bool x) { return __syncthreads_or(x) != 0; }
 TTS_DEVICE bool sync_block_all(bool x) { return __syncthreads_and(x) != 0; }
 TTS_DEVICE int sync_block_count(bool x) { return __syncthreads_count(x); }
+// As sync_part, and every thread gets whether x holds for any of them.
+TTS_DEVICE bool sync_part_any(int barrier, int threads, bool x) {
+  uint32_t any;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+               : "=r"(any)
+               : "r"(barrier), "r"(threads), "r"(uint32_t(x))
+               : "memory");
+  return any != 0;
+}
 
 TTS_DEVICE uint32_t shared_address(const void* shared) { return uint32_t(__cvta_generic_to_shared(shared)); }
 

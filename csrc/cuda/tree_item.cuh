@@ -81,20 +81,41 @@ TTS_DEVICE int swizzled(int row, int chunk, int more = 0) {
   return ((row * kChunks + (chunk ^ ((row >> 1) & 3))) ^ (more & 3)) + (more & ~3);
 }
 
-// The smallest `low` and the largest `high` of all threads, in every thread.
-TTS_DEVICE void block_extremes(TreeShared& shared, int& low, int& high) {
+// Threads that work together: those of the block from kFirst on, who meet at a barrier of theirs; 0: the whole block.
+template <int kFirst, int kCount, int kBarrier>
+struct Crew {
+  static constexpr int kThreads = kCount, kWarps = kCount / 32;
+  TTS_DEVICE static int thread() { return thread_index_anew() - kFirst; }
+  TTS_DEVICE static void sync() {
+    if constexpr (kBarrier == 0)
+      sync_block();
+    else
+      sync_part(kBarrier, kCount);
+  }
+  TTS_DEVICE static bool sync_any(bool x) {
+    if constexpr (kBarrier == 0)
+      return sync_block_any(x);
+    else
+      return sync_part_any(kBarrier, kCount, x);
+  }
+};
+using WholeBlock = Crew<0, kTreeThreads, 0>;
+
+// The smallest `low` and the largest `high` of all threads of the crew, in every one.
+template <typename Crew>
+TTS_DEVICE void crew_extremes(TreeShared& shared, int& low, int& high) {
   for (int mask = 16; mask > 0; mask >>= 1) {
     low = min(low, shuffle_xor(low, mask));
     high = max(high, shuffle_xor(high, mask));
   }
-  const uint32_t thread = thread_index_anew();
+  const uint32_t thread = Crew::thread();
   if (thread % 32 == 0) shared.extremes[0][thread / 32] = low, shared.extremes[1][thread / 32] = high;
-  sync_block();
-  for (int warp = 0; warp < kTreeWarps; ++warp) {
+  Crew::sync();
+  for (int warp = 0; warp < Crew::kWarps; ++warp) {
     low = min(low, shared.extremes[0][warp]);
     high = max(high, shared.extremes[1][warp]);
   }
-  sync_block();
+  Crew::sync();
 }
 
 }  // namespace tts

@@ -16,7 +16,7 @@ TTS_DEVICE void run_item(const CudaTreeAttentionParams& p, TreeStream<kDim>& str
                          const TreeItem& item, const TreeRows& rows) {
   TreeTile<T, kDim, kRows> tile(p, stream, memory, item, rows);
   tile.attend();
-  finish_item(p, tile, item, rows, stream.shared());
+  finish_item<T, kDim, WholeBlock>(p, tile, item, rows, stream.shared());
 }
 
 // A block of threads takes every block_count()-th (item, KV head) of the list, longest first; KV heads vary fastest,
@@ -40,22 +40,16 @@ __global__ void __launch_bounds__(kTreeThreads, 1)
     else if (kDim <= 128)
       run_item<T, kDim, 128>(p, stream, memory, item, rows);
   }
-  // What is left of the launch, after the items: blocks of threads that have the fewest of those take it.
-  const int items = min(p.num_items, *p.live_items) * p.call.num_kv_heads, grid = block_count();
-  const int parts = ceil_div(p.call.num_rows, kTreeThreads);
-  for (int part = (block_index() - items % grid + grid) % grid; part < parts; part += grid)
-    finish_empty_rows<T>(p, part * kTreeThreads);
+  finish_launch<T>(p);
 }
 
 template <typename T, int kDim>
 void launch_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream, const char* name) {
   const auto kernel = tree_attention_kernel<T, kDim>;
   const int64_t shared_bytes = TreeLayout<kDim>::bytes(p.num_stages, p.call.kv_dtype == DType::f8e4m3);
-  const int64_t parts = (p.call.num_rows + kTreeThreads - 1) / kTreeThreads;
-  const int64_t work = int64_t(p.num_items) * p.call.num_kv_heads + parts;
   const int64_t blocks = int64_t(multiprocessor_count(current_device())) *
                          std::max(blocks_per_multiprocessor(kernel, kTreeThreads, shared_bytes), 1);
-  launch(kernel, {std::min(work, blocks), kTreeThreads, shared_bytes, stream, name}, p);
+  launch(kernel, {std::min(tree_work(p), blocks), kTreeThreads, shared_bytes, stream, name}, p);
 }
 
 template <int kDim>

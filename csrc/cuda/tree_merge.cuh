@@ -94,10 +94,10 @@ TTS_DEVICE void merge_row(const CudaTreeAttentionParams& p, const TreeItem& item
   if (c.lse != nullptr && lane == 0) c.lse[int64_t(source) * c.num_heads + head] = result.lse;
 }
 
-// The end of an item, for all threads of the block.
-template <typename T, int kDim, int kRows>
-TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const TreeTile<T, kDim, kRows>& tile,
-                            const TreeItem& item, const TreeRows& rows, TreeShared& shared) {
+// The end of an item, for all threads of the crew.
+template <typename T, int kDim, typename Crew, typename Tile>
+TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const Tile& tile, const TreeItem& item,
+                            const TreeRows& rows, TreeShared& shared) {
   const TreeAttentionParams& c = p.call;
   const auto head_of = [&](int place) { return rows.head[place]; };
 
@@ -135,8 +135,8 @@ TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const TreeTile<T, 
 
   const int place = thread_index_anew();
   const bool waits = place < item.count && rows.arrivals[place] > 1;
-  if (!sync_block_any(waits)) return;
-  if (place < kRows) {
+  if (!Crew::sync_any(waits)) return;
+  if (place < Tile::kTileRows) {
     bool last = false;
     if (waits) {
       const int row = item.own_begin + p.by_group.divide(item.first + place);
@@ -147,7 +147,7 @@ TTS_DEVICE void finish_item(const CudaTreeAttentionParams& p, const TreeTile<T, 
     }
     shared.last[place] = last;
   }
-  sync_block();
+  Crew::sync();
   for (int place = thread_index_anew() >> 5; place < item.count; place += kTreeWarps)
     if (shared.last[place]) merge_row<T, kDim>(p, item, rows, place);
 }
@@ -165,6 +165,16 @@ TTS_DEVICE void finish_empty_rows(const CudaTreeAttentionParams& p, int first_ro
     for (int column = 0; column < c.head_dim; column += 4) store_out<T>(c, source, head, column, nothing, 0);
     if (c.lse != nullptr) c.lse[int64_t(source) * c.num_heads + head] = -kInfinity;
   }
+}
+
+// What is left of the launch after the items, for kTreeThreads threads of each block: blocks of threads that have the
+// fewest items take it.
+template <typename T>
+TTS_DEVICE void finish_launch(const CudaTreeAttentionParams& p) {
+  const int items = min(p.num_items, *p.live_items) * p.call.num_kv_heads, grid = block_count();
+  const int parts = ceil_div(p.call.num_rows, kTreeThreads);
+  for (int part = (block_index() - items % grid + grid) % grid; part < parts; part += grid)
+    finish_empty_rows<T>(p, part * kTreeThreads);
 }
 
 }  // namespace tts

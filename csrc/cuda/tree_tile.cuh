@@ -14,11 +14,14 @@ namespace tts {
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLargest = 3.4028234663852886e38f;
 
-template <typename T, int kDim, int kRows>
+// Stream: where the blocks of KV come from, and whose products are made of them, warps' or warpgroups'.
+template <typename T, int kDim, int kRows, typename Stream = TreeStream<kDim>>
 class TreeTile {
  public:
-  TTS_DEVICE TreeTile(const CudaTreeAttentionParams& p, TreeStream<kDim>& stream, unsigned char* memory,
-                      const TreeItem& item, const TreeRows& rows)
+  static constexpr int kTileRows = kRows;
+
+  TTS_DEVICE TreeTile(const CudaTreeAttentionParams& p, Stream& stream, unsigned char* memory, const TreeItem& item,
+                      const TreeRows& rows)
       : thread_(thread_index_anew()), p_(p), stream_(stream), memory_(memory), item_(item), rows_(rows) {
     const TreeAttentionParams& c = p.call;
     const float scale = c.k_scale == nullptr ? c.scale : c.scale * c.k_scale[item.kv_head];
@@ -36,6 +39,7 @@ class TreeTile {
 
   // All blocks of the item; the first one is awaited.
   TTS_DEVICE void attend() {
+    if (Stream::kWarpgroups && 64 * int(thread_ / 128) >= item_.count) return skip();
     int start = item_.begin;
     for (int left = item_.blocks;;) {
       stream_.copy();
@@ -46,6 +50,7 @@ class TreeTile {
       start += kTokens;
       stream_.await();
     }
+    if constexpr (Stream::kWarpgroups) gather_sums();
   }
 
   // What came of it. The row of this thread: `half` 0 or 1.
@@ -74,13 +79,23 @@ class TreeTile {
   }
 
  private:
-  static constexpr int kTokens = block_tokens(kDim);
+  static constexpr int kTokens = Stream::Layout::kTokens;
   static constexpr int kGroups = kRows / 16;             // of 16 rows
   static constexpr int kMembers = kTreeWarps / kGroups;  // warps that share them
   static constexpr int kTilesIn = kTokens / 8;           // of 8 tokens
   static constexpr int kScores = (kTilesIn + kMembers - 1) / kMembers, kOut = (kTilesOut + kMembers - 1) / kMembers;
+  static constexpr int kPairs = (kScores + 1) / 2;
   static constexpr int kDimChunks = kDim / 8, kTokenChunks = kTokens / 8;
   static_assert(kGroups * kMembers == kTreeWarps, "whole groups");
+
+  // A warpgroup that has none of the rows. A loop of its own: as a branch of that of `attend` it cost many moves of
+  // registers there.
+  TTS_DEVICE void skip() {
+    for (int left = item_.blocks;; stream_.await()) {
+      stream_.pop();
+      if (--left == 0) return;
+    }
+  }
 
   TTS_DEVICE int lane() const { return int(thread_ % 32); }
   TTS_DEVICE int group() const { return int(thread_ / 32 / kMembers); }
@@ -120,7 +135,10 @@ class TreeTile {
 
   TTS_DEVICE void attend_block(int start) {
     float score[kScores][4];
-    multiply_keys(score);
+    if constexpr (Stream::kWarpgroups)
+      stream_.template multiply_keys<T>(score, q_);
+    else
+      multiply_keys(score);
     if (p_.call.softcap > 0) cap(score);
     if (start < item_.whole_begin || start + kTokens > item_.whole_end) hide(score, start);
     float rescale[2];
@@ -135,25 +153,33 @@ class TreeTile {
       sum_[2] *= rescale[1], sum_[3] *= rescale[1];
     }
     // Weights, rounded to T: to registers where a warp has all tokens of its rows, else by way of shared memory.
-    uint32_t weight[kScores][2];
+    uint32_t weight[kPairs][4];  // of two tiles: the first operand of a product, whose layout is that of results
 #pragma unroll
     for (int i = 0; i < kScores; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        weight[i][half] = pack2<T>(exp2_fast(fmaf(score[i][2 * half], factor_, -subtract_[half])),
-                                   exp2_fast(fmaf(score[i][2 * half + 1], factor_, -subtract_[half])));
-    if (kMembers > 1) {
+        weight[i / 2][2 * (i % 2) + half] =
+            pack2<T>(exp2_fast(fmaf(score[i][2 * half], factor_, -subtract_[half])),
+                     exp2_fast(fmaf(score[i][2 * half + 1], factor_, -subtract_[half])));
+    if constexpr (kMembers > 1) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int tile = member() + kMembers * i;
         if (kTilesIn % kMembers != 0 && tile >= kTilesIn) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          weights()[4 * swizzled<kTokenChunks>(row(half), member(), kMembers * i) + lane() % 4] = weight[i][half];
+          weights()[4 * swizzled<kTokenChunks>(row(half), member(), kMembers * i) + lane() % 4] =
+              weight[i / 2][2 * (i % 2) + half];
       }
       sync_members();
     }
-    multiply_values(weight);
+    if constexpr (Stream::kWarpgroups) {
+      stream_.template begin_values<T>(out_, weight);
+      sum_up(weight);  // meanwhile
+      stream_.end_values(out_, weight);
+    } else {
+      multiply_values(weight);
+    }
   }
 
   // Tiles of 8 tokens: member, member + kMembers, ...
@@ -179,25 +205,23 @@ class TreeTile {
 
   // Tiles of 8 columns: member, member + kMembers, ... Every warp that shares rows sums up their weights, by a product
   // with ones, so that the sum is one chain too, and of the weights as they are multiplied.
-  TTS_DEVICE void multiply_values(const uint32_t (&weight)[kScores][2]) {
+  TTS_DEVICE void multiply_values(uint32_t (&weight)[kPairs][4]) {
     const unsigned char* values = stream_.block(1);
     const uint32_t ones = pack2<T>(1, 1);
 #pragma unroll
     for (int step = 0; step < kTokens / 32; ++step) {
-      uint32_t a[2][4];
+      uint32_t loaded[2][4];
+      if constexpr (kMembers > 1) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (kMembers > 1) {
+        for (int j = 0; j < 2; ++j) {
           const int place = swizzled<kTokenChunks>(16 * group() + lane() % 16, lane() / 16, 2 * (2 * step + j));
-          load_matrix_x4(a[j], weights() + 4 * place);
-        } else {
-          // The result of a product is laid out as the first operand of another.
-          const int i = (2 * (2 * step + j)) % kScores, next = (i + 1) % kScores;
-          a[j][0] = weight[i][0], a[j][1] = weight[i][1];
-          a[j][2] = weight[next][0], a[j][3] = weight[next][1];
+          load_matrix_x4(loaded[j], weights() + 4 * place);
         }
-        mma_16816<T>(sum_, a[j], ones, ones);
       }
+      const uint32_t(*a)[4] = loaded;
+      if constexpr (kMembers == 1) a = weight + 2 * step;
+      mma_16816<T>(sum_, a[0], ones, ones);
+      mma_16816<T>(sum_, a[1], ones, ones);
 #pragma unroll
       for (int i = 0; i < kOut; ++i) {
         const int tile = member() + kMembers * i;
@@ -207,6 +231,27 @@ class TreeTile {
         mma_16816<T>(out_[i], a[0], b[0], b[1]);
         mma_16816<T>(out_[i], a[1], b[2], b[3]);
       }
+    }
+  }
+
+  // Warpgroups: each lane sums up the weights of its own tokens, as they are multiplied, always the same of a row's.
+  TTS_DEVICE void sum_up(const uint32_t (&weight)[kPairs][4]) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum_[j % 2 * 2] += widen<T>(uint16_t(weight[i][j]));
+        sum_[j % 2 * 2 + 1] += widen<T>(uint16_t(weight[i][j] >> 16));
+      }
+  }
+  // Those of the four lanes of a row.
+  TTS_DEVICE void gather_sums() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = sum_[2 * half] + sum_[2 * half + 1];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      sum_[2 * half] = sum;
     }
   }
 
@@ -268,18 +313,18 @@ class TreeTile {
     }
   }
 
-  TTS_DEVICE uint32_t* weights() const { return reinterpret_cast<uint32_t*>(memory_ + TreeLayout<kDim>::kWeights); }
+  TTS_DEVICE uint32_t* weights() const { return reinterpret_cast<uint32_t*>(memory_ + Stream::Layout::kWeights); }
 
   const uint32_t thread_;
   const CudaTreeAttentionParams& p_;
-  TreeStream<kDim>& stream_;
+  Stream& stream_;
   unsigned char* memory_;
   const TreeItem& item_;
   const TreeRows& rows_;
   float factor_, cap_from_ = 0;  // from products to scores in base 2; with a softcap, to twice its argument in base 2
   uint32_t q_[kDim / 16][4];
   float out_[kOut][4] = {};
-  float sum_[4] = {};  // columns are equal: [0] and [1] of row g, [2] and [3] of row g + 8
+  float sum_[4] = {};  // [0] and [1] of row g, [2] and [3] of row g + 8: equal, or to be added up in the end
   float base_[2] = {-kInfinity, -kInfinity}, subtract_[2] = {0, 0};
 };
 

@@ -33,8 +33,9 @@ CHECKS = {"sources": ("tests/emulation/checks.cu",), "name": "checks"}  # the mo
 # No contraction and no other liberties: nvcc gets --fmad=false. Kernels pun types through shared memory.
 FLAGS = [
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
-    *("-DTTS_HAVE_CUDA", "-DTTS_ONLY_CUDA", "-DTTS_EMULATED", "-Icsrc", "-Itests/emulation"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"),
+    "-Wno-unknown-warning-option",
+    *("-DTTS_HAVE_CUDA", "-DTTS_ONLY_CUDA", "-DTTS_EMULATED", "-DTTS_HAVE_HOPPER", "-Icsrc", "-Itests/emulation"),
 ]
 OPTIMISED = ["-O1"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

@@ -51,6 +51,10 @@ inline void sync_part(int barrier, int threads, TTS_SITE("sync_part")) {
   if (barrier == 0) machine.fail("sync_part: barrier 0 is the whole block's");
   machine.meet_at_barrier(site, barrier, threads, false);
 }
+inline bool sync_part_any(int barrier, int threads, bool x, TTS_SITE("sync_part_any")) {
+  if (barrier == 0) machine.fail("sync_part_any: barrier 0 is the whole block's");
+  return machine.meet_at_barrier(site, barrier, threads, x) != 0;
+}
 
 namespace emulation {
 

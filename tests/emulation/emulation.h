@@ -6,12 +6,19 @@
 //   cp.async         the target is NaN from the copy's issue until the bytes land: at the wait, or earlier by chance
 //   store_state, ..  the target is NaN for everyone but the block, until chance has it, or until a thread has fenced it and
 //                    then changed something by an atomic or such a store
-// Not modelled: caches (a plain load of what another block wrote is always fresh), the fence of a reader, races of plain
-// accesses between two points where a thread may lose its turn. Time is not modelled at all.
+//   sm_90a           barriers in shared memory with phases, arrivals and bytes; a box comes at some time before the
+//                    barrier says so, until then its target is NaN; wgmma happens at some time before its wait, reads
+//                    shared memory as it is then, by the real descriptors, and until the wait its a must not change and
+//                    its d is NaN. What cp.async brought is NaN for wgmma until the thread has fenced it for the async
+//                    proxy
+// Not modelled: plain stores to shared memory that the async proxy does not see yet, caches (a plain load of what
+// another block wrote is always fresh), the fence of a reader, races of plain accesses between two points where a thread
+// may lose its turn. Time is not modelled at all.
 //
 // TTS_EMULATION_SEED or `seed()`: 0 is plain order, everything late; else launch n of a seed is the same each time.
 #pragma once
 
+#include "async.h"
 #include "machine.h"
 #include "meetings.h"
 #include "memory.h"

@@ -1,10 +1,12 @@
-// What the machine consists of, and what each part of it keeps. The parts are in scheduler.h, meetings.h and memory.h.
+// What the machine consists of, and what each part of it keeps. The parts are in scheduler.h, meetings.h, memory.h and
+// async.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <sstream>
@@ -23,6 +25,8 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kPoison = 0xff;  // every byte: NaN in fp32, fp16, bf16 and e4m3, -1 in integers
 constexpr size_t kRedZone = 1024;
 constexpr int64_t kMaxSharedBytes = 227 << 10;
+constexpr size_t kAligned = 1024;  // shared memory begins at a multiple of it
+constexpr int kLandsIn = 64;       // turns: a tile of those under way
 constexpr int kSleepsIn = 5000;    // turns
 constexpr int kMaxThreads = 2048;  // alive at a time: as many as there are stacks
 
@@ -34,12 +38,75 @@ struct Site {
 };
 
 struct Block;
+struct Thread;
 struct Warp;
 
 struct Copy {
   void* to;
   const void* from;  // null: zeros
   int group;
+};
+
+// A barrier in shared memory: its eight bytes mean nothing, this does.
+struct PhaseBarrier {
+  int expected = 0, pending = 0;  // arrivals
+  int64_t bytes = 0;              // that this phase still waits for
+  uint32_t phase = 0;             // the one that goes on
+  Thread* maker = nullptr;        // until it has fenced: the copy engine does not know of the barrier
+  std::vector<Thread*> waiting;
+};
+
+// What a TensorMap holds here.
+struct TileMap {
+  uint32_t magic;
+  const char* base;
+  int64_t extent[4], stride[4];  // stride in bytes, the first is that of an element
+  int32_t box[4];
+
+  static constexpr uint32_t kMagic = 0x71e5a4u;
+  int64_t bytes() const { return int64_t(box[0]) * box[1] * box[2] * box[3] * stride[0]; }
+};
+
+// A box on its way to shared memory.
+struct TileCopy {
+  Block* block;
+  Site site;
+  char* to;
+  TileMap map;
+  int64_t at[4];
+  uint64_t* barrier;
+};
+
+// wgmma, for the 128 threads of a warpgroup. It happens at some time between the last warp's call and the wait.
+struct Product {
+  Site site;
+  float (*widen)(uint16_t);
+  bool across, add;
+  int columns;
+  uint64_t b;
+  uint32_t issued = 0;                 // warps that were there
+  const uint32_t* a[4 * kLanes] = {};  // 4 of each thread, which must not change meanwhile
+  uint32_t a_then[4 * kLanes][4];
+  float* d[4 * kLanes] = {};  // columns / 2 of each thread: NaN until the wait
+};
+
+// What is between the calls and the waits of a warp.
+struct Accumulators {
+  int64_t last;  // the youngest product that adds to it
+  int columns;
+  float* d[kLanes];
+  std::vector<float> value;  // [lane][columns / 2]
+};
+
+struct Warpgroup {
+  std::deque<Product> products;  // from number `done` on
+  int64_t done = 0;
+  int64_t issued[4] = {};             // by each warp
+  std::vector<int64_t> committed[4];  // products before each of its commits
+  bool fenced[4] = {};
+  std::vector<Accumulators> under_way[4];
+  std::vector<Warp*> waiting;
+  int64_t waits_for[4] = {};
 };
 
 struct Thread {
@@ -51,6 +118,7 @@ struct Thread {
   std::vector<Copy> copies;        // under way
   int group = 0;                   // the open one's number
   std::vector<uint32_t*> written;  // by store_state and not yet ordered before the block's other threads
+  std::vector<int> landed;         // pieces of shared memory that it copied and has not fenced for the async proxy
   std::vector<uint32_t*> fenced;   // by this thread; seen by who sees what it writes next
   size_t fenced_of_block = 0;      // likewise: so many of Block::written
 };
@@ -62,6 +130,8 @@ struct Warp {
   uint32_t ready = 0, arrived = 0, ended = 0;  // lanes; neither: it waits for a barrier
   int place = -1;                              // in Machine::ready
   Site at;                                     // where the arrived lanes wait
+  uint32_t parked = 0;                         // lanes that wait for a barrier in shared memory
+  int registers = 0;                           // of each thread, where the kernel has said it
   void* operands[kLanes] = {};                 // on the stacks of the arrived lanes
   std::vector<uint32_t*> written;              // ordered before all of the warp
 };
@@ -82,7 +152,10 @@ struct Block {
   size_t memory_bytes = 0, shared_bytes = 0;
   std::unordered_map<uint32_t*, uint32_t> stores;  // words that only this block sees
   std::vector<uint32_t*> written;                  // of these, those ordered before the whole block
-  size_t published = 0;                            // so many of `written` are not among `stores` any more
+  std::vector<Warpgroup> groups;
+  std::unordered_map<uint64_t*, PhaseBarrier> phases;
+  std::vector<int> unfenced;  // by piece of 16 bytes: the thread whose copy the async proxy does not see yet; -1: none
+  size_t published = 0;       // so many of `written` are not among `stores` any more
 
   bool in_shared(const void* p) const {
     return static_cast<const char*>(p) >= shared && static_cast<const char*>(p) < shared + shared_bytes;
@@ -153,8 +226,8 @@ class Machine {
     next();
   }
 
-  // The lanes of a warp meet; the last one runs `complete` on what all brought. Each may change its own operand, which is
-  // where it finds its result.
+  // The lanes of a warp meet; the last one runs `complete` on what all brought. Each may change its own operand, which
+  // is where it finds its result.
   template <typename T>
   void meet(const Site& site, T* operand, void (*complete)(T* const*)) {
     if (arrive(site, operand)) {
@@ -180,6 +253,20 @@ class Machine {
   void commit_copies();
   void wait_for_copies(int groups_left);
 
+  // In async.h.
+  void make_barrier(const Site& site, uint64_t* barrier, int arrivals);
+  void arrive_at(const Site& site, uint64_t* barrier);
+  void expect_bytes(const Site& site, uint64_t* barrier, int bytes);
+  bool has_ended(const Site& site, uint64_t* barrier, uint32_t parity);
+  void wait_for_phase(const Site& site, uint64_t* barrier, uint32_t parity);
+  void fence_async();
+  void copy_tile(const Site& site, void* to, const void* map, const int (&at)[4], uint64_t* barrier);
+  void fence_products();
+  void issue_product(const Product& product, uint32_t* const* a, float* const* d);
+  void commit_products();
+  void meet_for_products(const Site& site, int groups_left);
+  void set_registers(const Site& site, int count, bool more);
+
   [[noreturn]] void fail(const std::string& what);
 
  private:
@@ -203,6 +290,13 @@ class Machine {
   static void publish(Block* block, uint32_t* to);
   void land(const Copy& copy);
   static void thread_main();
+
+  PhaseBarrier& barrier_at(const Site& site, uint64_t* barrier);
+  void end_phase(PhaseBarrier& barrier);
+  void land_tile(size_t which);
+  void catch_up(Warpgroup& group, int64_t until);
+  void give_back(Warpgroup& group, Warp* warp);
+  std::string left_in_groups(const Block* block) const;
   std::string where() const;
 
   std::mutex mutex_;
@@ -212,6 +306,7 @@ class Machine {
   Warp* last_ = nullptr;
   std::vector<Warp*> ready_;
   std::vector<Thread*> sleeping_;
+  std::vector<TileCopy> tiles_;  // under way
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::pair<uint32_t*, uint32_t>> left_over_;  // stores of ended blocks that nobody sees yet
   Fiber host_;

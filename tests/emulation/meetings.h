@@ -75,12 +75,20 @@ inline std::string Machine::where() const {
       text << "\n    warp " << warp.index << ":";
       if (warp.ended) text << " lanes " << list_lanes(warp.ended) << " ended";
       if (warp.arrived) text << " lanes " << list_lanes(warp.arrived) << " at " << describe(warp.at);
+      if (warp.parked) {
+        const Thread& first = warp.threads[__builtin_ctz(warp.parked)];
+        text << " lanes " << list_lanes(warp.parked) << " at " << describe(first.at);
+      }
       if (warp.ready) text << " lanes " << list_lanes(warp.ready) << " could go on";
     }
     for (int i = 0; i < kBarriers; ++i)
       if (block->barriers[i].arrived > 0)
         text << "\n    barrier " << i << ": " << block->barriers[i].arrived << " of " << block->barriers[i].expected
              << " threads";
+    for (const auto& [at, barrier] : block->phases)
+      if (!barrier.waiting.empty())
+        text << "\n    barrier at byte " << reinterpret_cast<char*>(at) - block->shared << ", phase " << barrier.phase
+             << ": waits for " << barrier.pending << " arrivals, " << barrier.bytes << " bytes";
   }
   return text.str();
 }

@@ -70,6 +70,12 @@ inline void Machine::land(const Copy& copy) {
   } else {
     std::memset(copy.to, 0, 16);
   }
+  Block* block = current->block;
+  if (block->phases.empty()) return;  // nothing of this kernel is asynchronous but such copies
+  if (block->unfenced.empty()) block->unfenced.assign(block->shared_bytes / 16, -1);
+  const int piece = int((static_cast<char*>(copy.to) - block->shared) / 16);
+  block->unfenced[piece] = current->index;
+  current->landed.push_back(piece);
 }
 
 inline void Machine::copy(const Site& site, void* to, const void* from, bool valid) {

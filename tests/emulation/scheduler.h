@@ -22,6 +22,8 @@ inline void Machine::set_ready(Warp* warp, uint32_t lanes) {
 // differs by launch, from even progress of all warps to one that is far ahead; and now and then one falls asleep, for
 // a time that differs by launch too, up to when nobody else can go on.
 inline Thread* Machine::pick() {
+  while (!tiles_.empty() && (chance(kLandsIn) || (ready_.empty() && sleeping_.empty())))
+    land_tile(draw(uint32_t(tiles_.size())));
   while (!sleeping_.empty() && (ready_.empty() || draw(wake_in_) == 0)) {
     std::swap(sleeping_[draw(uint32_t(sleeping_.size()))], sleeping_.back());
     Thread* thread = sleeping_.back();
@@ -90,20 +92,22 @@ inline void Machine::thread_main() {
 inline void Machine::begin_block(Block* block, int slot, const Grid& grid, int index) {
   block->index = index;
   block->size = block->live = grid.block_size;
-  const size_t bytes = (grid.shared_bytes + 127) / 128 * 128 + 2 * kRedZone + 128;
+  const size_t bytes = (grid.shared_bytes + 127) / 128 * 128 + 2 * kRedZone + kAligned;
 #ifdef TTS_ASAN
   if (block->memory) __asan_unpoison_memory_region(block->memory.get(), block->memory_bytes);
 #endif
   if (block->memory_bytes != bytes) block->memory.reset(new char[bytes]), block->memory_bytes = bytes;
   std::memset(block->memory.get(), kPoison, bytes);
   const uintptr_t first = reinterpret_cast<uintptr_t>(block->memory.get()) + kRedZone;
-  block->shared = reinterpret_cast<char*>((first + 127) / 128 * 128);
+  block->shared = reinterpret_cast<char*>((first + kAligned - 1) / kAligned * kAligned);
   block->shared_bytes = grid.shared_bytes;
 #ifdef TTS_ASAN
   __asan_poison_memory_region(block->memory.get(), bytes);
   __asan_unpoison_memory_region(block->shared, grid.shared_bytes);
 #endif
   for (Barrier& barrier : block->barriers) barrier = Barrier();
+  block->phases.clear(), block->unfenced.clear();
+  block->groups.assign(grid.block_size / (4 * kLanes), Warpgroup());
   block->stores.clear(), block->written.clear();
   block->published = 0;
   block->threads.resize(grid.block_size);
@@ -115,7 +119,7 @@ inline void Machine::begin_block(Block* block, int slot, const Grid& grid, int i
     for (int lane = 0; lane < kLanes; ++lane) {
       Thread& thread = warp.threads[lane];
       thread.block = block, thread.warp = &warp, thread.index = w * kLanes + lane;
-      thread.copies.clear(), thread.written.clear(), thread.fenced.clear();
+      thread.copies.clear(), thread.written.clear(), thread.fenced.clear(), thread.landed.clear();
       thread.group = 0, thread.fenced_of_block = 0;
       stacks_.take(slot * grid.block_size + thread.index, &thread.fiber);
       thread.fiber.prepare(&thread_main);
@@ -125,6 +129,8 @@ inline void Machine::begin_block(Block* block, int slot, const Grid& grid, int i
 }
 
 inline void Machine::end_block(Block* block) {
+  const std::string left = left_in_groups(block);
+  if (!left.empty()) failed_ = true, failure_ = "block " + std::to_string(block->index) + " ends with " + left;
 #ifndef TTS_ASAN
   const auto untouched = [](const char* begin, const char* end) {
     for (; begin < end; ++begin)
@@ -164,6 +170,7 @@ inline void Machine::run(const Grid& grid) {
   last_ = nullptr;
   ready_.clear();
   sleeping_.clear();
+  tiles_.clear();
   left_over_.clear();
   while (int(blocks_.size()) < slots) blocks_.push_back(std::make_unique<Block>());
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tts_kernels import nvidia
-from tts_kernels.configs import TreeConfig, cuda_tree_config
+from tts_kernels.configs import WARPGROUP_TOKENS, TreeConfig, cuda_tree_config
 from tts_kernels.nvidia import place
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, ROWS_END, TreePlan
 
@@ -75,10 +75,20 @@ def prepare(plan: TreePlan, q: Tensor, k_cache: Tensor) -> Work:
 def config_of(q: Tensor, k_cache: Tensor) -> TreeConfig:
     name, shared_bytes = device_kind(q.device)
     head_dim, fp8 = q.shape[2], k_cache.dtype == FP8
-    return cuda_tree_config(
-        name, head_dim, k_cache.shape[2], k_cache.element_size(), q.shape[1],
-        lambda stages: native.cuda_tree_attention_shared_bytes(head_dim, stages, fp8) <= shared_bytes,
-    )  # fmt: skip
+
+    def fits(stages: int, warpgroups: int) -> bool:
+        if warpgroups:
+            return native.cuda_tree_hopper_shared_bytes(head_dim, stages) <= shared_bytes
+        return native.cuda_tree_attention_shared_bytes(head_dim, stages, fp8) <= shared_bytes
+
+    warpgroups = runs_warpgroups(q.device) and native.cuda_tree_hopper_shared_bytes(head_dim, 2) > 0
+    return cuda_tree_config(name, head_dim, k_cache.shape[2], k_cache.element_size(), q.shape[1], fits, warpgroups)
+
+
+@functools.cache
+def runs_warpgroups(device: torch.device) -> bool:
+    """Whether kernels of csrc/cuda/hopper run there: on sm_90, which alone has their instructions."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
@@ -106,10 +116,10 @@ class TreeCall:
     def __init__(self, out, q, k_cache, v_cache, nodes, page_size, work: Work) -> None:
         config, (num_rows, num_q_heads, head_dim) = work.config, q.shape
         self.out, self.q, self.k, self.v = (x.stride()[:-1] for x in (out, q, k_cache, v_cache))
-        self.shape = num_rows, num_q_heads, k_cache.shape[2], head_dim, nodes.shape[1], page_size
+        self.shape = num_rows, num_q_heads, k_cache.shape[2], head_dim, nodes.shape[1], page_size, len(k_cache)
         self.dtypes = DTYPES[q.dtype], DTYPES[k_cache.dtype]
         self.work = work.table.data_ptr(), work.num_items, work.scratch.data_ptr(), work.num_states
-        self.config = config.wide_rows, config.min_chunk, config.max_chunks, config.num_stages
+        self.config = config.wide_rows, config.min_chunk, config.max_chunks, config.num_stages, config.warpgroups
 
     def __call__(
         self, out, lse, q, k_cache, v_cache, nodes, pages, rows, causal, scale, softcap, window, sinks, k_scale, v_scale
@@ -144,6 +154,7 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
     kept = plan.works.get(key_of(q, k_cache, "cuda"))
     config = kept.config if kept else config_of(q, k_cache)
     group = num_q_heads // num_kv_heads
+    tokens = WARPGROUP_TOKENS if config.warpgroups else config.wide_tokens
     items = kv_loads = states = products = 0
     parents, above = nodes[0], []
     for node, (length, begin, own_end, end) in enumerate(
@@ -157,12 +168,14 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
         if above[node] > 1:
             states += above[node] * (own_end - begin) * group
         # Chunks are whole blocks, but for the last of a node.
-        products += sum(TILE_ROWS[tile] for _, tile in of_chunk) * -(-length // config.wide_tokens) * config.wide_tokens
+        rows = sum(max(TILE_ROWS[tile], 64 if config.warpgroups else 0) for _, tile in of_chunk)
+        products += rows * -(-length // tokens) * tokens
     dim = next(dim for dim in DIMS if dim >= head_dim)
     sizes = "/".join(str(rows) for rows in (config.tall_rows, config.wide_rows, config.narrow_rows) if rows)
+    of_warpgroups = " by warpgroups" if config.warpgroups else ""
     return WorkCounts(
-        config=f"tiles of {sizes} rows x {config.wide_tokens} tokens, head_dim {dim}, chunks of {config.min_chunk} at "
-        f"least, at most {config.max_chunks}, {config.num_stages} stages, {config.source}",
+        config=f"tiles of {sizes} rows x {tokens} tokens{of_warpgroups}, head_dim {dim}, chunks of "
+        f"{config.min_chunk} at least, at most {config.max_chunks}, {config.num_stages} stages, {config.source}",
         work_items=items * num_kv_heads,
         launches=1 if num_rows else 0,
         kv_loads=kv_loads * num_kv_heads,

@@ -51,7 +51,7 @@ class Work:
         """The config as the registered op takes it."""
         c = self.config
         return [c.wide_rows, c.wide_tokens, c.narrow_rows, c.narrow_tokens, c.min_chunk, c.max_chunks, c.num_warps,
-                c.num_stages, c.tall_rows]  # fmt: skip
+                c.num_stages, c.tall_rows, c.warpgroups]  # fmt: skip
 
     def refresh(self, plan: TreePlan) -> None:
         """Makes the list that of the plan's tables as they are now, in place, without waiting for the device. The plan

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+WARPGROUP_TOKENS = 128
+
 
 @dataclass(frozen=True)
 class TreeConfig:
@@ -38,6 +40,7 @@ class TreeConfig:
     num_warps: int
     num_stages: int
     tall_rows: int = 0  # CUDA kernels: all tiles of a node but its last one. 0: none
+    warpgroups: int = 0  # CUDA kernels: 1 for those of csrc/cuda/hopper, whose blocks have WARPGROUP_TOKENS tokens
     source: str = dataclasses.field(default="rule", compare=False)  # where the values are from
 
     def __post_init__(self) -> None:
@@ -53,6 +56,12 @@ class TreeConfig:
             raise ValueError(f"narrow_rows: expected at most wide_rows = {self.wide_rows}, got {self.narrow_rows}")
         if self.tall_rows and (self.tall_rows & (self.tall_rows - 1) or self.tall_rows <= self.wide_rows):
             raise ValueError(f"tall_rows: expected 0 or a power of two above wide_rows, got {self.tall_rows}")
+        if self.warpgroups not in (0, 1):
+            raise ValueError(f"warpgroups: expected 0 or 1, got {self.warpgroups}")
+        if self.warpgroups and self.min_chunk % WARPGROUP_TOKENS:
+            raise ValueError(
+                f"min_chunk: expected a multiple of {WARPGROUP_TOKENS} with warpgroups, got {self.min_chunk}"
+            )
         if self.max_chunks < 1 or self.num_stages < 1:
             raise ValueError("max_chunks, num_stages: expected at least 1")
 
@@ -107,12 +116,18 @@ def cuda_tree_config(
     num_kv_heads: int,
     kv_bytes: int,
     num_q_heads: int,
-    fits: Callable[[int], bool],
+    fits: Callable[[int, int], bool],
+    has_warpgroups: bool = False,
 ) -> TreeConfig:
     """Of the kernels of csrc/cuda: what was measured on the device (`cuda` of a row), else a rule. Results depend on
-    the chunks, and on nothing else of it.
+    the chunks and on `warpgroups`, and on nothing else of it.
 
-    fits    whether the shared memory that a block of threads can have takes so many stages
+    `warpgroups` is 1 where a row says so. Such kernels are for 16-bit KV of heads of 64 or 128 dimensions: a row that
+    asks for them elsewhere is wrong. Where this very head_dim has none, or the module was built without them, the other
+    kernels run, with the rest of the row.
+
+    fits            whether the shared memory that a block of threads can have takes so many stages, with those kernels
+    has_warpgroups  whether there are such kernels for this head_dim on the device
     """
     # What the kernels are made for. More rows would take more registers than a thread has, where heads are long.
     tokens, tall_rows = (64, 128) if head_dim <= 128 else (32, 0)
@@ -123,8 +138,6 @@ def cuda_tree_config(
         "narrow_tokens": tokens,
         "tall_rows": tall_rows,
         "num_warps": 8,
-        # As much KV on the way as there is room for: two blocks at least, as one of them is worked on.
-        "num_stages": next((stages for stages in (4, 3) if fits(stages)), 2),
         # As in `rule` and tree_config: a state is written for not too little KV; few chunks unless heads are few.
         "min_chunk": 256,
         "max_chunks": min(max(64 // num_kv_heads, 16), 64),
@@ -136,6 +149,15 @@ def cuda_tree_config(
     for entry in entries("tree_attention", device_name, key | heads):
         if "cuda" in entry:
             values |= entry["cuda"] | {"source": source(entry)}
+    if values.get("warpgroups") and (kv_bytes != 2 or block_dim(head_dim) not in (64, 128)):
+        raise ValueError(
+            f"{values['source']}: warpgroups: no such kernels are for heads of {head_dim} and KV of {kv_bytes} bytes"
+        )
+    if not has_warpgroups:
+        values["warpgroups"] = 0
+    # As much KV on the way as there is room for: two blocks at least, as one of them is worked on.
+    most = (3,) if values.get("warpgroups") else (4, 3)
+    values.setdefault("num_stages", next((n for n in most if fits(n, values.get("warpgroups", 0))), 2))
     return TreeConfig(**values)
 
 
