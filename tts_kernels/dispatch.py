@@ -132,15 +132,15 @@ class Backends:
 
 def metadata(tensors: tuple[Tensor | None, ...], *others: Hashable) -> tuple | None:
     """All that checks and the choice of a backend look at, the values in tensors apart. None where the call is not
-    `plain` or a tensor is not."""
+    `plain`, or a tensor is another type's or a view that says the opposite of its memory."""
     if not plain():
         return None
     told: list = [others, torch.is_grad_enabled()]
     for x in tensors:
         if x is None:
             told.append(None)
-        elif type(x) in TENSORS:
-            told += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.requires_grad, x.is_neg())
+        elif type(x) in TENSORS and not x.is_neg():
+            told.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.requires_grad))
         else:
             return None
     return tuple(told)
@@ -162,9 +162,22 @@ def plain() -> bool:
 _library = torch.library.Library("tts_kernels", "FRAGMENT")
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> None:
-    """torch.ops.tts_kernels.<name>: `implementation` for every device, `fake` where torch traces shapes alone."""
+def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """torch.ops.tts_kernels.<name>: `implementation` for every device, `fake` where torch traces shapes alone. Returns
+    what calls it, without the dispatcher where that does nothing else."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tts_kernels::{name}", fake, lib=_library)
+    op = getattr(torch.ops.tts_kernels, name).default
+
+    def call(*arguments):
+        return (implementation if plain() and stored(arguments) else op)(*arguments)
+
+    return call
+
+
+def stored(arguments: tuple) -> bool:
+    """Whether the memory of all tensors among them holds what they say."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    return not [x for x in tensors if type(x) not in TENSORS or x.is_meta or x.is_neg()]

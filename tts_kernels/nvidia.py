@@ -74,5 +74,7 @@ def captures(device: torch.device) -> bool:
     """Whether the stream on which calls with tensors of this device run is being captured into a graph."""
     if device.type != "cuda":
         return False
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):  # torch asks for the current device's stream
         return torch.cuda.is_current_stream_capturing()

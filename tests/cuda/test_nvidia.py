@@ -88,6 +88,7 @@ def test_capture_is_asked_of_the_device_of_the_tensors(monkeypatch):
         entered.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: entered[-1] if entered else 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: entered == [1])
     assert nvidia.captures(torch.device("cuda", 1))
     assert not nvidia.captures(torch.device("cuda", 0))

@@ -138,3 +138,30 @@ def test_compiled_verify_with_sizes_that_change(compiler):
         arguments = now.hidden, now.positions, now.offsets
         with torch.compiler.set_stance("default" if len(steps) <= 3 else "fail_on_recompile"), torch.no_grad():
             assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_dispatcher_sees_calls_where_someone_looks():
+    """Else it would do nothing but call the implementation, and is not asked."""
+    inputs = cases.make_inputs(Case())
+    arguments, options = (inputs.hidden, inputs.positions, inputs.head), {"offsets": inputs.offsets}
+    scores = step_scores(*arguments, **options)
+    with Seen() as seen:
+        watched = step_scores(*arguments, **options)
+        select(watched.last)
+    assert {"tts_kernels.step_scores.default", "tts_kernels.select.default"} <= set(seen.ops)
+    assert torch.equal(watched.margin, scores.margin)
+    with torch.profiler.profile() as profile:
+        step_scores(*arguments, **options)
+    assert "tts_kernels::step_scores" in [event.key for event in profile.key_averages()]
+    assert select(torch.empty(3, device="meta")).indices.is_meta
+    assert torch.equal(select(torch._neg_view(scores.margin)).indices, select(-scores.margin).indices)

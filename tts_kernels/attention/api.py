@@ -257,10 +257,10 @@ def kept_call(plan: TreePlan, backend: str | None, *tensors: Tensor | None) -> C
     is nothing left to check but values, and nothing to choose."""
     if torch.compiler.is_compiling() or not isinstance(plan, TreePlan) or not plan.works:
         return None
-    call = metadata(tensors, backend, plan.page_size, plan.num_rows, plan.device)
+    call = metadata(tensors, backend)
     for made in plan.works.values() if call else ():
-        if call in made.calls:
-            return made.calls[call]
+        if found := made.calls.get(call):
+            return found
     return None
 
 
@@ -270,7 +270,7 @@ def keep_call(
     """For `kept_call`, after a call with this table of a work list that went well."""
     if torch.compiler.is_compiling() or table is None or not plan.num_rows:
         return
-    call = metadata(tensors, backend, plan.page_size, plan.num_rows, plan.device)
+    call = metadata(tensors, backend)
     for (*_, name), made in plan.works.items() if call else ():
         module = BACKENDS.load(name)
         if made.table is table and hasattr(module, "TreeCall"):

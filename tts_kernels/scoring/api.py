@@ -64,7 +64,7 @@ def step_scores(
     synchronises. Under torch.compile the op is opaque and needs no graph break.
     """
     arguments = check_steps(hidden, positions, head, offsets, ordered)
-    results = torch.ops.tts_kernels.step_scores.default(*arguments, BACKENDS.check(backend), check)
+    results = STEP_SCORES(*arguments, BACKENDS.check(backend), check)
     return as_scores(*results)
 
 
@@ -95,9 +95,7 @@ def aggregate(
     checks.check_fp32("margin", margin, "[M]")
     offsets = checks.check_integers("offsets", offsets, "[N + 1]", margin.device, least=1)
     activation = "identity" if check_activation(activation) == "identity" else "sigmoid"
-    return as_scores(
-        *torch.ops.tts_kernels.aggregate.default(margin, offsets, activation, BACKENDS.check(backend), check)
-    )
+    return as_scores(*AGGREGATE(margin, offsets, activation, BACKENDS.check(backend), check))
 
 
 def select(
@@ -133,9 +131,7 @@ def select(
     checks.check_fp32("scores", scores, "[N]")
     answers = checks.check_choice(method, k, answers, scores.shape[0], scores.device)
     group_offsets = checks.check_group_offsets(group_offsets, scores.device)
-    results = torch.ops.tts_kernels.select.default(
-        scores, group_offsets, answers, method, k, BACKENDS.check(backend), check
-    )
+    results = SELECT(scores, group_offsets, answers, method, k, BACKENDS.check(backend), check)
     return Selection(*results)
 
 
@@ -163,7 +159,7 @@ def verify(
     checks.check_reduce(reduce)
     answers = checks.check_choice(method, k, answers, offsets.shape[0] - 1, hidden.device)
     group_offsets = checks.check_group_offsets(group_offsets, hidden.device)
-    *scores, indices, chosen = torch.ops.tts_kernels.verify.default(
+    *scores, indices, chosen = VERIFY(
         *arguments, reduce, group_offsets, answers, method, k, BACKENDS.check(backend), check
     )
     return as_scores(*scores), Selection(indices, chosen)
@@ -193,7 +189,7 @@ def token_logprobs(
         TypeError, ValueError, RuntimeError: as in `step_scores`.
     """
     targets = checks.check_logprobs(hidden, weight, targets, bias)
-    return torch.ops.tts_kernels.token_logprobs.default(hidden, weight, targets, bias, BACKENDS.check(backend), check)
+    return TOKEN_LOGPROBS(hidden, weight, targets, bias, BACKENDS.check(backend), check)
 
 
 def check_steps(hidden: Tensor, positions: Tensor, head: ScoreHead, offsets: Tensor, ordered: bool) -> tuple:
@@ -296,25 +292,27 @@ _STEPS = (
     "Tensor? norm_weight, float norm_eps, str act, str activation, int positive, bool ordered"
 )
 _CHOICE = "Tensor? group_offsets, Tensor? answers, str method, int k"
-register(
+STEP_SCORES = register(
     f"step_scores({_STEPS}, str backend, bool check) -> (Tensor, Tensor, Tensor, Tensor)",
     _step_scores,
     _fake_step_scores,
 )
-register(
+AGGREGATE = register(
     "aggregate(Tensor margin, Tensor offsets, str activation, str backend, bool check) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _aggregate,
     _fake_aggregate,
 )
-register(f"select(Tensor scores, {_CHOICE}, str backend, bool check) -> (Tensor, Tensor)", _select, _fake_select)
-register(
+SELECT = register(
+    f"select(Tensor scores, {_CHOICE}, str backend, bool check) -> (Tensor, Tensor)", _select, _fake_select
+)
+VERIFY = register(
     f"verify({_STEPS}, str reduce, {_CHOICE}, str backend, bool check) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _verify,
     _fake_verify,
 )
-register(
+TOKEN_LOGPROBS = register(
     "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, str backend, bool check) -> Tensor",
     _token_logprobs,
     _fake_token_logprobs,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tts_kernels.attention.checks import FLOATS, check_tensor, fail
+from tts_kernels.attention.checks import FLOATS, as_int64, check_tensor, fail
 
 from .heads import ScoreHead
 from .results import REDUCES
@@ -32,7 +32,7 @@ def check_integers(name: str, tensor: Tensor, shape: str, device: torch.device, 
         fail(name, f"a tensor {shape}", f"shape {tuple(tensor.shape)}")
     if tensor.device != device:
         fail(name, f"a tensor on {device}", f"one on {tensor.device}")
-    return tensor.to(torch.int64).contiguous()
+    return as_int64(tensor)
 
 
 def check_head(hidden: Tensor, head: ScoreHead) -> None:
