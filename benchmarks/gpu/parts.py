@@ -31,8 +31,8 @@ class EventClock:
     """As tts_kernels.profile.clock.Clock, by events on the current stream: seconds by name of range, each without the
     ranges inside of it."""
 
-    def __init__(self, event: Callable = torch.cuda.Event) -> None:
-        self._event = event
+    def __init__(self, event: Callable | None = None) -> None:
+        self._event = event or torch.cuda.Event
         self._marks: list[tuple[object, str]] = []  # an event, and the innermost range that was open before it
         self._open: list[str] = []
 

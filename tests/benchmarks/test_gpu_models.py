@@ -1,5 +1,5 @@
-"""Whole-model runs, on a CPU: loops over tensors that stay where they are, shares of parts, what a record and a page
-say of them."""
+"""Whole-model runs, on a CPU and on a GPU that is not there (tests/pretend_gpu.py): loops over tensors that stay where
+they are, also when a captured step is replayed, shares of parts, what a record and a page say of them."""
 
 import math
 import sys
@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pretend_gpu import PretendGpu
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # plain `pytest` does not have it
 
 pytest.importorskip("transformers")
 pytest.importorskip("tts_kernels.measure.compiling", exc_type=ImportError)
-from benchmarks.gpu import loops, models, page, parts, record  # noqa: E402
+from benchmarks.gpu import bench, cases, loops, models, page, parts, record  # noqa: E402
+from benchmarks.peers import portable  # noqa: E402
 from tts_kernels import KVTree, tree_attention  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -161,3 +163,116 @@ def test_every_range_is_met(small):
         got = parts.parts_of(loop.step, small.model, CPU, 1.0)
         assert set(got) == set(parts.PARTS) - without and min(got[p] for p in parts.PARTS[:-1]) > 0
     assert torch.nn.Linear.forward is forward and parts.transformers_attention.append_kv is append
+
+
+@pytest.fixture
+def gpu():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with PretendGpu() as gpu:
+        yield gpu
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_on_a_gpu_steps_are_captured_and_replayed(gpu):
+    """Everything is on the device, nothing waits for it while a graph is captured, and replays follow the tree."""
+    given = models.Models(models.DRY, torch.device("cuda"))
+    given.check()
+    decode = given.decode(3, 32, 18)
+    assert not decode["missing"] and not decode["wrong"]
+    for run in decode["methods"].values():
+        assert run["graph_s"] > 0 and run["graph_error"] < 0.05 and sum(run["parts"].values()) > 0
+    # Three lengths of ours and of ours not shared, one of the static cache; a graph replays what is timed and compared.
+    assert len(gpu.graphs) == 7 and all(graph.replays > given.calls * given.rounds for graph in gpu.graphs)
+    score = given.score(**models.DRY["score"])
+    assert not score["one_shot"]["wrong"] and not score["step_wise"]["wrong"]
+    assert set(score["step_wise"]["missing"]) == {"stock, graph"} and len(gpu.graphs) == 13
+    assert "graph_s" in score["step_wise"]["methods"]["not shared"]
+    stage = {"status": "passed", "seconds": 1.0, "budget_s": 2.0, "lines": [], "decode": [decode], "score": [score]}
+    record.check(stage, record.SCHEMA["$defs"]["models"], "models")
+
+
+@torch.no_grad()
+def test_a_step_of_a_loop_waits_for_nothing(gpu):
+    given = models.Models(models.DRY, torch.device("cuda"))
+    ids = torch.randint(128, (3, 16), device="cuda")
+    whole = loops.StockScores(given.model, given.head, torch.randint(128, (3, 48), device="cuda"), 16, 2, 16)
+    made = {
+        "ours": loops.TreeDecode(given.model, 3, 32, 7, 4, True),
+        "not shared": loops.TreeDecode(given.model, 3, 32, 7, 4, False),
+        "default cache": loops.StockDecode(given.model, 3, 39),
+        "static cache": loops.StaticDecode(given.model, 3, 39, 48),
+        "step-wise": loops.TreeScores.increment(given.model, given.head, 3, 16, 16, ids, True),
+    }
+    for name, loop in made.items():
+        loop.step()
+        gpu.waits.clear()
+        loop.step()
+        if hasattr(loop, "grow"):
+            loop.grow()
+        assert not gpu.waits, name
+    whole.step()
+    assert gpu.waits, models.STOCK_WAITS
+
+
+@torch.no_grad()
+def test_a_step_that_cannot_be_captured_is_named(gpu, monkeypatch):
+    step = loops.TreeDecode.step
+
+    def looks(loop):
+        out = step(loop)
+        loop.ids.tolist()
+        return out
+
+    monkeypatch.setattr(loops.TreeDecode, "step", looks)
+    entry = models.Models(models.DRY, torch.device("cuda")).decode(3, 32, 18)
+    assert "tolist: operation not permitted when stream is capturing" in entry["missing"]["ours, graph"]
+    assert entry["methods"]["ours"]["eager_s"] > 0 and "graph_s" in entry["methods"]["stock"]
+
+
+@torch.no_grad()
+def test_a_graph_that_keeps_what_python_computed_is_found(gpu, monkeypatch):
+    """A length that a step asks Python for is the captured one for ever."""
+    forward = models.TreeModel.forward
+
+    def frozen(tree, rows, ids, *, plan=None):
+        if plan is not None and gpu.capturing:
+            plan = tree.kv.plan(rows)
+        return forward(tree, rows, ids, plan=plan)
+
+    monkeypatch.setattr(models.TreeModel, "forward", frozen)
+    monkeypatch.setattr(PretendGpu, "wait", lambda gpu, what: None)
+    entry = models.Models(models.DRY, torch.device("cuda")).decode(3, 32, 18)
+    assert entry["wrong"] == ["ours", "not shared"] and "the advanced plan: off by" in entry["missing"]["ours"]
+
+
+@pytest.mark.parametrize("case", bench.all_cases(cases.grid("dry"), "cuda"), ids=lambda case: case.name)
+def test_cases_of_the_bench_on_a_gpu(gpu, case, monkeypatch):
+    """Input sets, references, captures and replays, with peers: all on one device, and only what kernels there are for
+    is missing."""
+    monkeypatch.setattr(portable, "reason_against", lambda case: "interpreted, it takes long")
+    ceilings = {"bytes_per_s": 1e12, "flops_per_s": {"fp32": 1e12}, "cache_bytes": 10 << 10}
+    entry = bench.measure(case, torch.device("cuda"), ceilings, 2, False)
+    assert entry["status"] == "ok" and not entry["wrong"] and "ours" in entry["methods"]
+    for name, why in entry["missing"].items():
+        assert name in ("two-pass flash", "sdpa cudnn", "compiled head") or "Error" not in why, f"{name}: {why}"
+    record.check(entry | {"seconds": 1.0}, record.SCHEMA["$defs"]["case"], "case")
+
+
+def test_what_the_gpu_that_is_not_there_finds(gpu):
+    x, host = torch.arange(4.0, device="cuda"), torch.ones(4)
+    with pytest.raises(RuntimeError, match="expected all tensors on cuda:0, got one on cpu"):
+        x + host
+    assert not gpu.waits
+    x.to("cuda"), x * 2, x[1:], x.copy_(host, non_blocking=True)
+    assert not gpu.waits
+    x.tolist(), x.sum().item(), x[x > 0], x.cpu(), host.to(x.device), torch.tensor([1.0], device="cuda")
+    assert len(gpu.waits) == 6
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x * 2
+        z = y[1:] + 1
+    x.fill_(5.0)
+    graph.replay()
+    assert y.tolist() == [10.0] * 4 and z.tolist() == [11.0] * 3
