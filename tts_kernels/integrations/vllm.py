@@ -1,0 +1,183 @@
+"""An attention backend for vLLM (tested with 0.32): every step reads once what its sequences share, in one call for
+decode, chunked prefill and drafts. The sharing is found from the block table, whose leading block ids are equal where
+vLLM's prefix caching has put samples of one prompt on the same blocks.
+
+    vllm serve MODEL --attention-backend CUSTOM        LLM(MODEL, attention_backend="CUSTOM")
+
+where this package is installed: it registers itself through vLLM's plugins. vLLM's CPU platform always takes CPU_ATTN,
+whatever is asked for, so there TTS_KERNELS_VLLM=CPU_ATTN puts the backend into its place (any name of vLLM's
+AttentionBackendEnum will do).
+
+A plan is built in every step, for all layers of a KV cache group: on a GPU that waits for the device once. Attention
+runs outside of CUDA graphs (piecewise graphs are fine). Refused, with vLLM's own list of reasons or by name: encoders,
+cross attention, ALiBi, MLA, fp8 other than e4m3, KV quantised per head, context parallelism, fused output quantisation.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+
+from tts_kernels.attention import api, tables
+from tts_kernels.tree.plan import TreePlan
+
+FP8 = ("fp8", "fp8_e4m3")
+
+
+def register() -> None:
+    """What vLLM's plugin loader calls, in every process. TTS_KERNELS_VLLM: the name to register under, CUSTOM if unset.
+    Raises ValueError for a name that vLLM does not know."""
+    name = os.environ.get("TTS_KERNELS_VLLM", "CUSTOM")
+    if name not in AttentionBackendEnum.__members__:
+        known = ", ".join(AttentionBackendEnum.__members__)
+        raise ValueError(f"TTS_KERNELS_VLLM: expected one of {known}, got {name!r}")
+    register_backend(AttentionBackendEnum[name], f"{__name__}.{TreeBackend.__qualname__}")
+
+
+class TreeBackend(AttentionBackend):
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", *FP8]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeImpl]:
+        return TreeImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeBuilder]:
+        return TreeBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size % 8 == 0 and head_size <= 256
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # the plan is made of the lengths on the CPU
+
+
+@dataclass
+class TreeMetadata:
+    plan: TreePlan
+    num_tokens: int  # rows of q that are meant; what is behind them is padding
+
+
+class TreeBuilder(AttentionMetadataBuilder[TreeMetadata]):
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        model, spec = vllm_config.model_config, kv_cache_spec
+        num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        num_heads = num_heads or model.get_num_attention_heads(vllm_config.parallel_config)
+        self.block_size = spec.block_size
+        q = torch.empty(0, num_heads, spec.head_size, dtype=model.dtype, device=device)
+        cache = torch.empty(0, spec.block_size, spec.num_kv_heads, spec.head_size, dtype=spec.dtype, device=device)
+        self.least_saving = tables.least_saving(q, cache)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TreeMetadata:
+        c = common_attn_metadata
+        if not isinstance(c.causal, bool):
+            raise NotImplementedError("causal: expected one value for the whole batch, got one for each request")
+        plan = TreePlan.from_block_table(
+            c.block_table_tensor[: c.num_reqs],
+            c.seq_lens[: c.num_reqs],
+            page_size=self.block_size,
+            q_lens=c.query_start_loc_cpu[: c.num_reqs + 1].diff(),
+            causal=c.causal,
+            least_saving=self.least_saving,
+        )
+        return TreeMetadata(plan, plan.num_rows)
+
+
+class TreeImpl(AttentionImpl[TreeMetadata]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise NotImplementedError("alibi_slopes: expected None, tree attention has no ALiBi")
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"attn_type: expected {AttentionType.DECODER.value}, got {attn_type}")
+        if kv_cache_dtype not in TreeBackend.supported_kv_cache_dtypes:
+            known = ", ".join(TreeBackend.supported_kv_cache_dtypes)
+            raise NotImplementedError(f"kv_cache_dtype: expected one of {known}, got {kv_cache_dtype}")
+        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads or num_heads, head_size
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.scale, self.softcap, self.sinks = float(scale), float(logits_soft_cap or 0), sinks
+        # vLLM's window counts the row's own position.
+        self.window = -1 if sliding_window is None else sliding_window - 1
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ) -> Tensor:
+        """query, output [tokens, Hq, D]; kv_cache [blocks, Hkv, block_size, 2 D], K before V, any strides; it holds the
+        rows' own keys and values already (do_kv_cache_update)."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("output_scale: expected None, the output is not quantised here")
+        if attn_metadata is None:  # vLLM measures memory
+            return output.fill_(0)
+        n = attn_metadata.num_tokens
+        k_cache, v_cache = self.caches(kv_cache)
+        k_scale, v_scale = (layer._k_scale, layer._v_scale) if self.kv_cache_dtype in FP8 else (None, None)
+        api.tree_attention(
+            query[:n], k_cache, v_cache, attn_metadata.plan, scale=self.scale, softcap=self.softcap,
+            window=self.window, sinks=self.sinks, k_scale=k_scale, v_scale=v_scale, out=output[:n],
+        )  # fmt: skip
+        return output
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        """key, value [tokens, Hkv, D]; slot_mapping int64 [tokens], block * block_size + offset, -1 for padding."""
+        n = slot_mapping.shape[0]
+        key, value = key[:n], value[:n]
+        if self.kv_cache_dtype in FP8:
+            key, value = key / layer._k_scale, value / layer._v_scale
+        api.append_kv(key, value, *self.caches(kv_cache), slot_mapping)
+
+    def caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [blocks, block_size, Hkv, D]."""
+        if self.kv_cache_dtype in FP8:
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
