@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from plan_oracle import rows_of
 
 import tts_kernels.tree
-from tts_kernels.tree import plan as tree_plan
-from tts_kernels.tree import prefix_triton
+from tts_kernels.tree import block_table, prefix_triton
 from tts_kernels.tree.plan import LENGTH, PAGE_BEGIN, TreePlan
 from tts_kernels.tree.prefix import DeviceTable
 from tts_kernels.tree.prefix_triton import COMMON, HIGH, LOW, ORDER, Q_LEN, SEQ_LEN, Blocks, compare_rows
+from tts_kernels.tree.room import Room
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [Blocks(2, 2, 4), Blocks(4, 4, 2), Blocks(2, 4, 16), Blocks()]
@@ -38,7 +38,7 @@ SMALL = [Blocks(2, 2, 4), Blocks(4, 4, 2), Blocks(2, 4, 16), Blocks()]
 def on_device(blocks, *args, **kwargs):
     """The plan by way of the kernels, also for CPU tensors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_plan, "HostTable", DeviceTable)
+        patch.setattr(block_table, "HostTable", DeviceTable)
         patch.setattr(prefix_triton, "compare_rows", functools.partial(compare_rows, blocks=blocks))
         return TreePlan.from_block_table(*args, **kwargs)
 
@@ -87,6 +87,30 @@ def test_the_plan_is_that_of_the_host_path(data, batch, blocks, dtype):
         got = on_device(blocks, data.draw(strided(table)), lens[0].to(DEVICE), q_lens=lens[1].to(DEVICE), **options)
     assert torch.equal(table, before)
     assert_same_plan(got, want, reserve)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(batches(), min_size=2, max_size=3))
+def test_plans_with_room_are_written_on_the_device(made):
+    """Nodes and rows come from the host, page ids from the table where it lies."""
+    plan = None
+    for table, seq_lens, q_lens, page_size, reserve in made:
+        if page_size != made[0][3]:
+            continue
+        lens = [torch.tensor(values, dtype=torch.int64) for values in (seq_lens, q_lens)]
+        options = {"page_size": page_size, "reserve": reserve}
+        want = TreePlan.from_block_table(table, lens[0], q_lens=lens[1], **options)
+        there = [tensor.to(DEVICE) for tensor in (table, *lens)]
+        into = {"into": plan} if plan else {"room": Room(nodes=18, rows=30, pages=400)}
+        plan = on_device(
+            Blocks(2, 2, 4), table.to(DEVICE), lens[0].to(DEVICE), q_lens=lens[1].to(DEVICE), **options, **into
+        )
+        assert rows_of(plan)[: want.num_rows] == rows_of(want)
+        assert plan.nodes.device.type == plan.pages.device.type == DEVICE
+        for name in ("num_growing", "num_tokens", "capacity", "max_page"):
+            assert getattr(plan, name) == getattr(want, name), name
+        if want.capacity:
+            assert rows_of(plan.advance_())[: want.num_rows] == rows_of(want.advance_())
 
 
 @settings(max_examples=30, deadline=None)

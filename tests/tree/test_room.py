@@ -8,6 +8,9 @@ from dataclasses import replace
 import attention_paths as paths
 import pytest
 import torch
+from block_tables import batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plan_oracle import rows_of
 
 from tts_kernels.attention import explain, tree_attention
@@ -212,6 +215,67 @@ def test_plans_of_lists_are_written_into_it():
     fresh = TreePlan.from_nodes([-1, 0, 0], [5, 2, 3], [[9, 8], [1], [2]], [0, 2, 1], page_size=4)
     assert isinstance(plan, PlanWithRoom) and plan.update_(fresh) is plan
     check_says_the_same(plan, fresh, 3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(batches(), min_size=1, max_size=4), st.integers(1, 4), st.sampled_from([torch.int32, torch.int64]))
+def test_batches_of_block_tables_are_written_into_it(made, depth, dtype):
+    """Rows read the same slots as by a plan made anew; no path has more nodes than there is room for."""
+    page_size, plan = made[0][3], None
+    for table, seq_lens, q_lens, own_page_size, reserve in made:
+        if own_page_size != page_size:
+            continue
+        lens = torch.tensor(seq_lens, dtype=dtype), torch.tensor(q_lens, dtype=dtype)
+        options = {"page_size": page_size, "reserve": reserve}
+        fresh = TreePlan.from_block_table(table, lens[0], q_lens=lens[1], **options)
+        room = Room(nodes=18, rows=30, pages=400, depth=depth)
+        into = {"room": room} if plan is None else {"into": plan}
+        before, plan = plan, TreePlan.from_block_table(table, lens[0], q_lens=lens[1], **options, **into)
+        assert before is None or plan is before
+        num_rows = sum(q_lens)
+        assert rows_of(plan)[:num_rows] == rows_of(fresh)
+        if fresh.depth <= depth:
+            check_says_the_same(plan, fresh, num_rows)
+        level = []
+        for parent in plan.nodes[PARENT].tolist():
+            level.append(1 + (level[parent] if parent >= 0 else 0))
+        assert max(level) <= depth
+        if plan.capacity:
+            assert rows_of(plan.advance_())[:num_rows] == rows_of(fresh.advance_())
+
+
+def test_what_is_shared_deeper_is_read_by_each():
+    table = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 7], [1, 8, 9, 10]], dtype=torch.int32)
+    lens = torch.tensor([16] * 4)
+    tokens = [
+        TreePlan.from_block_table(table, lens, page_size=4, room=Room(nodes=8, rows=4, depth=depth)).num_tokens
+        for depth in (1, 2, 3, 4, None)
+    ]
+    assert tokens == [4 * 16, 4 + 4 * 12, 4 + 4 + 3 * 8 + 12, 40, 40]
+
+
+def test_what_a_block_table_and_a_room_refuse():
+    table, lens = torch.tensor([[1, 2], [1, 3]], dtype=torch.int32), torch.tensor([8, 7])
+    plan = TreePlan.from_block_table(table, lens, page_size=4, room=Room(nodes=3, rows=2))
+    assert plan.room.pages == 4
+    before = plan.tables.clone()
+    for arguments, error, text in (
+        ({"into": plan, "room": ROOM}, ValueError, "room: expected None beside into"),
+        (
+            {"into": TreePlan.from_block_table(table, lens, page_size=4)},
+            TypeError,
+            "into: expected a plan that was made",
+        ),
+        ({"into": plan, "causal": False}, ValueError, "into: expected a plan with causal False, got True"),
+        ({"room": 3}, TypeError, "room: expected a Room, got int"),
+        ({"into": plan, "q_lens": torch.tensor([2, 1])}, ValueError, "room.rows: expected room for the 3 rows"),
+        ({"room": Room(nodes=2, rows=2)}, ValueError, "room.nodes: expected room for the 3 nodes"),
+    ):
+        with pytest.raises(error, match="^" + text):
+            TreePlan.from_block_table(table, lens, page_size=4, **arguments)
+    with pytest.raises(ValueError, match=r"^into: expected a plan with page_size 8, got 4"):
+        TreePlan.from_block_table(table, lens, page_size=8, into=plan)
+    assert plan.tables.equal(before)
 
 
 def test_it_is_written_under_inference_mode_and_outside():

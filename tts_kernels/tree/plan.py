@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, compress
+from typing import TYPE_CHECKING
 
 import torch
 
 from tts_kernels.tree.checks import (
     INT32_MAX,
-    check_integers,
     check_nodes,
     check_options,
     check_page_ids,
@@ -21,7 +21,9 @@ from tts_kernels.tree.checks import (
     int_list,
     page_lists,
 )
-from tts_kernels.tree.prefix import DeviceTable, HostTable, shared_runs, worthwhile
+
+if TYPE_CHECKING:
+    from tts_kernels.tree.room import PlanWithRoom, Room
 
 try:
     from tts_kernels import _C as native
@@ -192,6 +194,8 @@ class TreePlan:
         causal: bool = True,
         reserve: int = 0,
         least_saving: int = 0,
+        room: Room | None = None,
+        into: PlanWithRoom | None = None,
     ) -> TreePlan:
         """The plan of a paged batch. Sequences whose leading page ids are equal share those pages: any number of
         groups, nested to any depth, their members anywhere in the batch.
@@ -202,50 +206,30 @@ class TreePlan:
         seq_lens     [B] int32 or int64 tokens of each sequence, its new rows' tokens included. 0 is padding: its rows
                      see nothing and never grow
         q_lens       [B] int32 or int64 rows of each sequence, its last tokens; default 1 each
-        reserve      tokens by which each sequence can grow with `advance_`
+        reserve      tokens by which each sequence can grow with `advance_`, in pages that the table names now
         least_saving  pages that sequences share are a node of their own only where that saves reading so many tokens:
                      tokens * (sequences - 1). Others stay with the sequences, as if they were not shared
+        room         makes a PlanWithRoom, whose tables take any batch within `room`: twice as many nodes as sequences
+                     always do. What is shared deeper than room.depth is read by each sequence. room.pages None: as many
+                     as block_table has entries
+        into         such a plan: it is made to say what the new one would, in place, and is returned; a captured graph
+                     that reads it follows the batch
 
         Whole pages before a sequence's rows can be shared; the rows always own a private leaf. Rows of q lie in batch
         order. The plan is on the device of `block_table`; the lengths may be on another.
 
         A table on the CPU is compared on the CPU. A table on another device is compared there by Triton kernels and is
         not copied to the host, but one copy of 6 * B integers waits for that device: build a plan once for many calls.
-        Its `pages` are then a copy of the whole table on that device, in which nodes find theirs by PAGE_BEGIN.
+        Its `pages` are then a copy of the table on that device, in which nodes find theirs by PAGE_BEGIN.
         Raises TypeError for what is not of these types, ValueError for a wrong value, RuntimeError where the table is
         not on the CPU and triton cannot be imported.
         """
+        from tts_kernels.tree.block_table import plan_of_block_table  # which makes plans of this class
+
         check_options(page_size, causal)
-        if type(least_saving) is not int or least_saving < 0:
-            fail("least_saving", "an int of at least 0", repr(least_saving))
-        check_integers("block_table", block_table, "[B, max_pages]")
-        table = (HostTable if block_table.device.type == "cpu" else DeviceTable)(
-            block_table, seq_lens, q_lens, page_size=page_size, reserve=reserve
-        )
-        seq_lens, q_lens = table.seq_lens, table.q_lens
-        first_row = list(accumulate(q_lens, initial=0))
-        length, rows, source, pages = [], [], [], []
-        nodes = shared_runs(table.order, table.common)
-        if least_saving:
-            nodes = worthwhile(nodes, -(-least_saving // page_size))
-        for run in nodes:
-            end = run.end
-            tokens = (end - run.begin) * page_size
-            count = 0
-            if run.leaf:
-                tokens, count = seq_lens[run.member], q_lens[run.member]
-                end = -(-(tokens + (reserve if tokens and count else 0)) // page_size)
-                tokens -= run.begin * page_size
-            length.append(tokens)
-            rows.append(count)
-            source.append(first_row[run.member])
-            pages.append((run.member, run.begin, end))
-        page_ids, page_begin, max_page = table.pages(pages)
-        page_count = [end - begin for _, begin, end in pages]
-        room = [c * page_size - t for c, t in zip(page_count, length)]
-        return build(
-            [run.parent for run in nodes], length, room, rows, source, page_count, page_ids, max_page,
-            page_begin=page_begin, page_size=page_size, causal=causal, device=block_table.device,
+        return plan_of_block_table(
+            block_table, seq_lens, q_lens, page_size=page_size, causal=causal, reserve=reserve,
+            least_saving=least_saving, room=room, into=into,
         )  # fmt: skip
 
 

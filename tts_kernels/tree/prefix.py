@@ -72,24 +72,29 @@ def shared_runs(order: list[int], common: list[int]) -> list[Run]:
     return runs
 
 
-def worthwhile(runs: list[Run], least: int) -> list[Run]:
-    """Without the inner nodes that save fewer than `least` reads of a page: pages x (sequences below - 1). Their pages
-    go to their children, each of which then reads them for itself."""
+def worthwhile(runs: list[Run], least: int = 0, depth: int | None = None) -> list[Run]:
+    """Without the inner nodes that save fewer than `least` reads of a page, pages x (sequences below - 1), and without
+    those below which a path would be longer than `depth` nodes. Their pages go to their children, each of which then
+    reads them for itself."""
     sequences = [int(run.leaf) for run in runs]
     for i in reversed(range(len(runs))):
         if runs[i].parent >= 0:
             sequences[runs[i].parent] += sequences[i]
     kept: list[Run] = []
     place, begins, gone = [], [], []  # of each run; of one that is gone, the place of the run around it
+    level: list[int] = []  # of each kept run; a root's is 1
     for run, count in zip(runs, sequences):
         outer = run.parent
         begin = begins[outer] if outer >= 0 and gone[outer] else run.begin
         up = place[outer] if outer >= 0 else -1
+        here = level[up] + 1 if up >= 0 else 1
+        too_deep = depth is not None and here >= depth
         begins.append(begin)
-        gone.append(not run.leaf and (run.end - begin) * (count - 1) < least)
+        gone.append(not run.leaf and (too_deep or (run.end - begin) * (count - 1) < least))
         place.append(up if gone[-1] else len(kept))
         if not gone[-1]:
             kept.append(Run(up, run.member, begin, begin if run.leaf else run.end, run.leaf))
+            level.append(here)
     return kept
 
 
@@ -125,7 +130,9 @@ class HostTable:
         reserve: int,
     ):
         self.seq_lens, self.q_lens = check_lens(seq_lens, q_lens, reserve, *table.shape, page_size)
-        table = table.contiguous()
+        # Tables are as wide as the longest sequence that there could be.
+        used = -(-(max(self.seq_lens, default=0) + reserve) // page_size)
+        table = table[:, :used].contiguous()
         self.dtype, self.item, self.width = table.dtype, table.element_size(), table.shape[1]
         self.data = ctypes.string_at(table.data_ptr(), table.numel() * self.item) if table.numel() else b""
         shareable = [max(0, s - q) // page_size for s, q in zip(self.seq_lens, self.q_lens)]
@@ -189,17 +196,18 @@ class DeviceTable:
         self.low, self.high = facts[prefix_triton.LOW].tolist(), facts[prefix_triton.HIGH].tolist()
 
     def pages(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, list[int], int]:
-        """As HostTable.pages, but the ids are the whole table's, on its device, entries that may hold anything
-        included. The runs are those of a plan, so that they cover what the sequences use."""
+        """As HostTable.pages, but the ids are the table's, on its device, up to the last column that a run uses;
+        entries that may hold anything are among them. The runs are those of a plan: they cover what the sequences use."""
+        used = max((end for _, _, end in runs), default=0)
         wrong = [low < 0 or high > INT32_MAX for low, high in zip(self.low, self.high)]
         if any(wrong):
             for row, begin, end in runs:
                 if wrong[row]:
                     check_run(row, begin, self.table[row, begin:end].tolist())
         with torch.inference_mode(False):
-            pages = torch.empty(self.table.shape, dtype=torch.int32, device=self.table.device)
-            pages.copy_(self.table)
-        return pages.view(-1), [row * self.width + begin for row, begin, _ in runs], max(self.high, default=-1)
+            pages = torch.empty(len(self.table), used, dtype=torch.int32, device=self.table.device)
+            pages.copy_(self.table[:, :used])
+        return pages.view(-1), [row * used + begin for row, begin, _ in runs], max(self.high, default=-1)
 
 
 def check_run(row: int, begin: int, ids: list[int]) -> None:

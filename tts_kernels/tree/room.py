@@ -3,7 +3,7 @@ them, call after call, while the host writes other trees into them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,8 +81,7 @@ class PlanWithRoom(TreePlan):
         causal, or is too large for `room`.
         """
         self.check_takes(other)
-        staged = staged_tables(other, self.room, self.device)
-        self.tables[: staged.numel()].copy_(staged, non_blocking=True)
+        staged = write(other, self.room, self.tables)
         if self.device.type != "cpu":
             self.host = host_tables(staged, self.room)
         for name in ("num_growing", "num_tokens", "capacity", "max_page"):
@@ -103,14 +102,34 @@ class PlanWithRoom(TreePlan):
         check_fits("room", self.room, other)
 
 
+def room_of(
+    room: Room | None, into: PlanWithRoom | None, *, page_size: int, causal: bool, device: torch.device, pages: int
+) -> Room | None:
+    """The room that a plan which is asked for with these arguments has to keep to; None: it has none. pages: where room
+    names no number."""
+    if into is not None:
+        if room is not None:
+            fail("room", "None beside into, which has one", repr(room))
+        if not isinstance(into, PlanWithRoom):
+            fail("into", "a plan that was made with room", type(into).__name__, TypeError)
+        for name, value in (("page_size", page_size), ("device", device), ("causal", causal)):
+            if getattr(into, name) != value:
+                fail("into", f"a plan with {name} {value}", getattr(into, name))
+        return into.room
+    if room is None:
+        return None
+    if not isinstance(room, Room):
+        fail("room", "a Room", type(room).__name__, TypeError)
+    return room if room.pages else replace(room, pages=pages)
+
+
 def plan_with_room(plan: TreePlan, room: Room, device: torch.device) -> PlanWithRoom:
     """The plan `plan`, which is on the CPU, with room."""
     check_fits("room", room, plan)
     with torch.inference_mode(False):  # else it could not be written outside of inference mode
-        staged = staged_tables(plan, room, device)
         nodes, rows = room.nodes + 1, room.rows
         tables = torch.zeros(8 * nodes + 2 * rows + room.pages, dtype=torch.int32, device=device)
-        tables[: staged.numel()].copy_(staged, non_blocking=True)
+        staged = write(plan, room, tables)
         parts = tables.split_with_sizes([7 * nodes, 2 * rows, nodes, room.pages])
         host = parts[0].view(7, nodes), parts[2]
         return PlanWithRoom(
@@ -144,13 +163,15 @@ def check_fits(argument: str, room: Room, plan: TreePlan) -> None:
         fail(f"{argument}.pages", f"places for the {tokens} tokens of all nodes, reserved ones too", places)
 
 
-def staged_tables(plan: TreePlan, room: Room, device: torch.device) -> torch.Tensor:
-    """What the tables hold of `plan`, up to its last page id: on the CPU, in memory that a copy to a GPU reads at its
-    own time (torch keeps it until then)."""
+def write(plan: TreePlan, room: Room, tables: torch.Tensor) -> torch.Tensor:
+    """Makes `tables` say what `plan` says. Returns what was copied there from the CPU: all but the page ids where those
+    lie on the device already."""
     n, r, nodes, rows = plan.num_nodes, plan.num_rows, room.nodes + 1, room.rows
-    used = plan.pages.numel()
-    staged = torch.empty(8 * nodes + 2 * rows + used, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-    node, row, grows, pages = staged.split_with_sizes([7 * nodes, 2 * rows, nodes, used])
+    there = plan.pages.device.type != "cpu"
+    sizes = [7 * nodes, 2 * rows, nodes, 0 if there else plan.pages.numel()]
+    # In memory that a copy to a GPU reads at its own time (torch keeps it until then).
+    staged = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=tables.device.type == "cuda")
+    node, row, grows, pages = staged.split_with_sizes(sizes)
     node, row = node.view(7, nodes), row.view(2, rows)
     node[:, :n] = plan.nodes
     for name, rest in ((PARENT, -1), (LENGTH, 0), (POSITION, 0), (PAGE_BEGIN, 0)):
@@ -162,7 +183,11 @@ def staged_tables(plan: TreePlan, room: Room, device: torch.device) -> torch.Ten
     torch.arange(r, rows, dtype=torch.int32, out=row[0, r:])
     row[1, r:] = n
     grows[:n], grows[n:] = plan.grows, 0
-    pages.copy_(plan.pages)
+    if there:
+        tables[len(staged) : len(staged) + plan.pages.numel()].copy_(plan.pages)
+    else:
+        pages.copy_(plan.pages)
+    tables[: len(staged)].copy_(staged, non_blocking=True)
     return staged
 
 
