@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from tts_kernels import configs
 from tts_kernels.tree.checks import fail
 
 FAMILIES: list[Backends] = []
@@ -128,6 +129,25 @@ class Backends:
         """For `checked`, after a call that went well."""
         if call and tensors[0].device.type in self.preference:
             self.checked.keep(call, backend or self.choose(op, *tensors))
+
+
+def choice(
+    family: Backends, op: str, row: dict | None, backend: str | None, *tensors: Tensor
+) -> tuple[str, str, dict[str, list[str]]]:
+    """(name, why, refused): what would run the call, what made it that, and the reasons of those before it. `row`: what
+    was measured for such a call on that device."""
+    if family.check(backend):
+        family.pick(op, backend, *tensors)  # raises if it cannot
+        return backend, "asked for", {}
+    names, refused = family.order(op, *tensors), {}
+    for name in names:
+        reasons = family.unsupported_reasons(op, name, *tensors)
+        if not reasons and row and name == row["backend"]:
+            return name, f"measured fastest here ({configs.source(row)})", refused
+        if not reasons:
+            return name, f"the first of {', '.join(names)} that can run here", refused
+        refused[name] = reasons
+    raise RuntimeError(f"no backend can run {op} on {tensors[0].device}")
 
 
 def metadata(tensors: tuple[Tensor | None, ...], *others: Hashable) -> tuple | None:

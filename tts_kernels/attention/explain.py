@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tts_kernels import configs
+from tts_kernels import dispatch
 from tts_kernels.ceilings import measured
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, ROWS_END, TreePlan
 
@@ -163,20 +163,9 @@ def explain(
 
 def choice(backend: str | None, *tensors: Tensor) -> tuple[str, str, dict[str, list[str]]]:
     """Name, why, refused: what the default would choose for tree_attention."""
-    if BACKENDS.check(backend):
-        BACKENDS.pick("tree_attention", backend, *tensors)  # raises if it cannot
-        return backend, "asked for", {}
-    names = BACKENDS.order("tree_attention", *tensors)
     row = tables.row(*tensors[:2])
-    refused = {}
-    for name in names:
-        reasons = BACKENDS.unsupported_reasons("tree_attention", name, *tensors)
-        if not reasons and row and name == row["backend"]:
-            return name, f"measured fastest here ({configs.source(row)}; {sharing(row)})", refused
-        if not reasons:
-            return name, f"the first of {', '.join(names)} that can run here", refused
-        refused[name] = reasons
-    raise RuntimeError(f"no backend can run tree_attention on {tensors[0].device}")
+    name, why, refused = dispatch.choice(BACKENDS, "tree_attention", row, backend, *tensors)
+    return name, f"{why[:-1]}; {sharing(row)})" if why.startswith("measured") else why, refused
 
 
 def sharing(row: dict) -> str:

@@ -1,33 +1,40 @@
-"""What was measured on a device for a geometry (tts_kernels/configs): the backend that was fastest there, and what a
-shared run of a block table has to save."""
+"""What was measured on a device for a call (tts_kernels/configs): the backend that was fastest there, and what a shared
+run of a block table has to save."""
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 
-from tts_kernels.configs import measured_row
+from tts_kernels.configs import block_dim
+from tts_kernels.measured import row_on
 
 
 def row(q: Tensor, k_cache: Tensor) -> dict | None:
-    """None where nothing was measured."""
+    """Of tree_attention; None where nothing was measured."""
     if q.device.type != "cuda":
         return None
-    return _row(q.device, q.shape[1], k_cache.shape[2], q.shape[2], q.element_size(), k_cache.element_size())
+    heads = q.shape[1], k_cache.shape[2], block_dim(q.shape[2])
+    return row_on(q.device, "tree_attention", *heads, q.element_size(), k_cache.element_size())
 
 
-@functools.cache
-def _row(device: torch.device, *geometry: int) -> dict | None:
-    return measured_row("tree_attention", torch.cuda.get_device_properties(device).name, *geometry)
+def row_of_call(op: str, *tensors: Tensor) -> dict | None:
+    """By the op's leading tensors, as backends get them."""
+    first = tensors[0]
+    if op == "tree_attention":
+        return row(*tensors[:2]) if len(tensors) > 1 else None
+    if first.device.type != "cuda":
+        return None
+    if op == "append_kv" and len(tensors) > 2:
+        k_cache = tensors[2]
+        return row_on(first.device, op, *first.shape[1:], first.element_size(), k_cache.element_size())
+    if op == "merge_states":
+        return row_on(first.device, op, *first.shape[2:], first.element_size())
+    return None
 
 
 def fastest(op: str, *tensors: Tensor) -> str | None:
     """For `Backends.measured`."""
-    if op != "tree_attention" or len(tensors) < 2:
-        return None
-    found = row(*tensors[:2])
+    found = row_of_call(op, *tensors)
     return found and found["backend"]
 
 

@@ -30,6 +30,7 @@ DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 BITS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", FP8: "fp8"}
 MAX_HEAD_DIM = 256
+CUDA_FIELDS = ("tall_rows", "warpgroups")  # of a TreeConfig
 MERGE_STATES = 4 if INTERPRETED else 16  # states that a merging program holds at a time
 
 
@@ -135,7 +136,7 @@ def count_work(plan: TreePlan, q: Tensor, k_cache: Tensor, nodes: list[list[int]
         products += tiles * rows * triton.cdiv(length, tokens) * tokens
     tiles_launched = items > 0 or plan.most_tokens is not None
     return WorkCounts(
-        config=", ".join(f"{k}={value}" for k, value in dataclasses.asdict(config).items() if k != "tall_rows"),
+        config=", ".join(f"{k}={value}" for k, value in dataclasses.asdict(config).items() if k not in CUDA_FIELDS),
         work_items=items * num_kv_heads,
         launches=1 + tiles_launched if num_rows else 0,
         kv_loads=kv_loads * num_kv_heads,

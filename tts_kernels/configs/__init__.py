@@ -1,15 +1,20 @@
 """Frozen configs of the GPU kernels: looked up by op, device and geometry, else made by a rule.
 
-    tree_attention.json                       tile shapes by architecture: what compiles well, not measured
-    tree_attention,device_name=NAME.json      what `tts-kernels tune` measured on that device, a row for each geometry;
-                                              in this folder, or in the one that TTS_KERNELS_CONFIGS names
+    tree_attention.json               tile shapes by architecture: what compiles well, not measured
+    OP,device_name=NAME.json          what `tts-kernels tune` measured on that device, a row for each geometry of an op
+                                      of KEYS; in this folder, or in the one that TTS_KERNELS_CONFIGS names
 
-A row decides three things for its device and geometry: the tile and split sizes (`config` of the Triton kernels, `cuda`
-of the CUDA ones), what backend=None takes (`backend`), and how many tokens a shared run of a block table has to save
-reading before it is cut off (`least_saving`). Where no row was measured: the architecture's entry, else `rule` and
-`cuda_tree_config`; the order of the backends in attention/api.py, in which cuda stands before triton, since its merge
-takes no launch of its own and its results do not depend on siblings; and 0, all whole pages are shared, since a shared
-node costs these kernels no launch, only states.
+A row of tree_attention decides three things for its device and geometry: the tile and split sizes (`config` of the
+Triton kernels, `cuda` of the CUDA ones), what backend=None takes (`backend`), and how many tokens a shared run of a
+block table has to save reading before it is cut off (`least_saving`). Where no row was measured: the architecture's
+entry, else `rule` and `cuda_tree_config`; the order of the backends in attention/api.py, in which cuda stands before
+triton, since its merge takes no launch of its own and its results do not depend on siblings; and 0, all whole pages are
+shared, since a shared node costs these kernels no launch, only states.
+
+A row of another op decides what backend=None takes, and one of token_logprobs the tiles of its Triton kernel too. Where
+none was measured: that family's order of backends, and `logprob_rule`. Which ops have no rows, and why: aggregate and
+select are one small launch, whatever its sizes; blocks that compare block tables run once for many calls; the CUDA
+kernels of append_kv, merge_states and step_scores have no sizes to choose.
 """
 
 from __future__ import annotations
@@ -24,6 +29,14 @@ from importlib import resources
 from pathlib import Path
 
 WARPGROUP_TOKENS = 128
+# What tells the rows of a measured table apart, of each op that has some.
+KEYS = {
+    "tree_attention": ("num_q_heads", "num_kv_heads", "block_dim", "q_bytes", "kv_bytes"),
+    "append_kv": ("num_kv_heads", "head_dim", "new_bytes", "kv_bytes"),
+    "merge_states": ("num_heads", "head_dim", "bytes"),
+    "step_scores": ("dim", "bytes"),
+    "token_logprobs": ("dim", "vocabulary", "bytes"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,30 @@ class TreeConfig:
     def invariant(self) -> TreeConfig:
         """One tile shape for all nodes, so that the number of siblings picks no other instruction."""
         return dataclasses.replace(self, narrow_rows=0, source=self.source + ", batch-invariant")
+
+
+@dataclass(frozen=True)
+class LogprobConfig:
+    """Of the Triton kernel of token_logprobs. A program takes `rows` rows of hidden states and `tile_tokens` of the
+    vocabulary, `tokens` at a time, by products over `lanes` of d. No size depends on how many rows a call has."""
+
+    rows: int
+    tokens: int
+    lanes: int
+    tile_tokens: int
+    num_warps: int
+    num_stages: int
+    source: str = dataclasses.field(default="rule", compare=False)  # where the values are from
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "tokens", "lanes", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two, got {value}")
+        if self.tile_tokens < 1 or self.tile_tokens % self.tokens:
+            raise ValueError(f"tile_tokens: expected a multiple of tokens = {self.tokens}, got {self.tile_tokens}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
 
 def block_dim(head_dim: int) -> int:
@@ -161,15 +198,35 @@ def cuda_tree_config(
     return TreeConfig(**values)
 
 
+def logprob_config(device_name: str, dim: int, vocabulary: int, num_bytes: int) -> LogprobConfig:
+    """What was measured on the device, else `logprob_rule`. num_bytes: of an element of the products' operands."""
+    row = row_of("token_logprobs", device_name, dim=dim, vocabulary=vocabulary, bytes=num_bytes)
+    if row is None or not row["config"]:
+        return LogprobConfig(**logprob_rule(num_bytes))
+    return LogprobConfig(**row["config"], source=source(row))
+
+
+def logprob_rule(num_bytes: int) -> dict:
+    """Where nothing was measured: half precision fills the largest tile that the registers of 8 warps hold, with three
+    blocks on the way; fp32 products run without tensor cores. 2048 tokens for a program make some hundred programs of a
+    usual vocabulary, and the partial sums small beside the weights."""
+    rows, tokens, lanes, warps = (128, 128, 64, 8) if num_bytes == 2 else (64, 64, 32, 4)
+    return {"rows": rows, "tokens": tokens, "lanes": lanes, "tile_tokens": 2048, "num_warps": warps, "num_stages": 3}
+
+
 def measured_row(
     op: str, device_name: str, num_q_heads: int, num_kv_heads: int, head_dim: int, q_bytes: int, kv_bytes: int
 ) -> dict | None:
-    """What was measured on the device for this very geometry."""
-    key = {"block_dim": block_dim(head_dim), "q_bytes": q_bytes, "kv_bytes": kv_bytes}
-    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
-    rows = [
-        entry for entry in entries(op, device_name, key | heads) if "file" in entry and heads.items() <= entry.items()
-    ]
+    """What was measured on the device for this very geometry of heads."""
+    return row_of(
+        op, device_name, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, block_dim=block_dim(head_dim),
+        q_bytes=q_bytes, kv_bytes=kv_bytes,
+    )  # fmt: skip
+
+
+def row_of(op: str, device_name: str, **key: int) -> dict | None:
+    """What was measured on the device for this very key: all of KEYS[op]."""
+    rows = [e for e in shipped(op) if e["for"] == device_name and "file" in e and key.items() <= e.items()]
     return rows[-1] if rows else None
 
 
@@ -182,9 +239,13 @@ def entries(op: str, name: str, key: dict) -> list[dict]:
 
 
 def source(entry: dict) -> str:
-    if "file" in entry:
+    """The row or entry, as reports name it."""
+    if "file" not in entry:
+        return f"tree_attention.json, {entry['for']}"
+    if "num_q_heads" in entry:
         return f"{entry['file']}, {entry['num_q_heads']}/{entry['num_kv_heads']} heads"
-    return f"tree_attention.json, {entry['for']}"
+    key = KEYS[entry["file"].partition(",")[0]]
+    return f"{entry['file']}, " + ", ".join(f"{name} {entry[name]}" for name in key)
 
 
 def table_name(op: str, device_name: str) -> str:
@@ -236,7 +297,8 @@ def shipped(op: str) -> list[dict]:
 @functools.cache
 def _read(op: str, folder: str) -> list[dict]:
     here = resources.files(__package__)
-    found = json.loads((here / f"{op}.json").read_text())
+    by_architecture = here / f"{op}.json"
+    found = json.loads(by_architecture.read_text()) if by_architecture.is_file() else []
     for place in (here, *([Path(folder)] if folder else [])):
         for file in sorted(place.iterdir(), key=lambda file: file.name):
             if file.name.startswith(f"{op},device_name=") and file.name.endswith(".json"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tts_kernels.dispatch import Backends, register
 
-from . import checks
+from . import checks, tables
 from .heads import ScoreHead, check_activation
 from .results import REDUCES, Selection, StepScores
 
@@ -25,6 +25,7 @@ BACKENDS = Backends(
     {"reference": ".reference", "cpu": ".cpu", "triton": ".triton", "cuda": ".cuda"},
     {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")},
     {op: op for op in ("step_scores", "aggregate", "select", "token_logprobs")} | {"verify": "step_scores"},
+    tables.fastest,
 )
 
 

@@ -8,11 +8,14 @@ loaded.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tts_kernels.configs import LogprobConfig, logprob_config
 
 from . import triton_kernels as kernels
 from .results import one_group
@@ -23,7 +26,6 @@ STEPS = 64  # of a candidate at a time
 CANDIDATES = 128  # of a group that count at a time
 VOTE_BLOCKS = 16  # programs of a group: no size of a group is known here, and most may be small
 SELECTED_FROM = 1024  # candidates of a group at a time
-TILE_TOKENS = 2048  # of the vocabulary that a program owns
 
 
 def unsupported_reasons(op: str, *tensors: Tensor) -> list[str]:
@@ -120,19 +122,26 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         return out
     bias = None if bias is None else bias.contiguous()
     dot = dot_type(hidden, weight)
-    rows, tokens, lanes, warps = (128, 128, 64, 8) if dot != tl.float32 else (64, 64, 32, 4)
-    tiles = triton.cdiv(num_tokens, TILE_TOKENS)
+    c = config_of(hidden.device, dim, num_tokens, 4 if dot == tl.float32 else hidden.element_size())
+    tiles = triton.cdiv(num_tokens, c.tile_tokens)
     parts = out.new_empty(3, tiles, num_rows)
     with on(hidden.device):
-        kernels.vocabulary_tiles[(triton.cdiv(num_rows, rows), tiles)](
+        kernels.vocabulary_tiles[(triton.cdiv(num_rows, c.rows), tiles)](
             hidden, hidden.stride(0), weight, weight.stride(0), bias, targets, parts, num_rows, num_tokens, dim,
-            DOT=dot, TILE_TOKENS=TILE_TOKENS, BLOCK_ROWS=rows, BLOCK_TOKENS=tokens, BLOCK_DIM=lanes,
-            num_warps=warps, num_stages=3,
+            DOT=dot, TILE_TOKENS=c.tile_tokens, BLOCK_ROWS=c.rows, BLOCK_TOKENS=c.tokens, BLOCK_DIM=c.lanes,
+            num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
         kernels.join_vocabulary[(triton.cdiv(num_rows, 128),)](
             parts, targets, out, num_rows, num_tokens, tiles, BLOCK=128, num_warps=4
         )
     return out
+
+
+@functools.cache
+def config_of(device: torch.device, dim: int, num_tokens: int, num_bytes: int) -> LogprobConfig:
+    """Of token_logprobs: its products' operands have so many bytes."""
+    name = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "interpreter"
+    return logprob_config(name, dim, num_tokens, num_bytes)
 
 
 def dot_type(x: Tensor, w: Tensor) -> tl.dtype:
