@@ -102,9 +102,7 @@ def test_plans_with_room_are_written_on_the_device(made):
         want = TreePlan.from_block_table(table, lens[0], q_lens=lens[1], **options)
         there = [tensor.to(DEVICE) for tensor in (table, *lens)]
         into = {"into": plan} if plan else {"room": Room(nodes=18, rows=30, pages=400)}
-        plan = on_device(
-            Blocks(2, 2, 4), table.to(DEVICE), lens[0].to(DEVICE), q_lens=lens[1].to(DEVICE), **options, **into
-        )
+        plan = on_device(Blocks(2, 2, 4), *there[:2], q_lens=there[2], **options, **into)
         assert rows_of(plan)[: want.num_rows] == rows_of(want)
         assert plan.nodes.device.type == plan.pages.device.type == DEVICE
         for name in ("num_growing", "num_tokens", "capacity", "max_page"):

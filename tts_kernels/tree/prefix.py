@@ -197,7 +197,7 @@ class DeviceTable:
 
     def pages(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, list[int], int]:
         """As HostTable.pages, but the ids are the table's, on its device, up to the last column that a run uses;
-        entries that may hold anything are among them. The runs are those of a plan: they cover what the sequences use."""
+        entries that may hold anything are among them. The runs, a plan's, cover what the sequences use."""
         used = max((end for _, _, end in runs), default=0)
         wrong = [low < 0 or high > INT32_MAX for low, high in zip(self.low, self.high)]
         if any(wrong):
