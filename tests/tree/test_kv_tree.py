@@ -3,6 +3,7 @@ a refused operation has changed nothing, and plans and slots lead to the tokens 
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,6 +179,30 @@ def test_rows_lie_in_dict_order_even_where_an_ancestor_comes_last():
     assert (empty.num_nodes, empty.num_rows, empty.capacity, empty.depth, empty.max_page) == (0, 0, 0, 0, -1)
 
 
+@pytest.mark.parametrize("as_int", [np.int64, np.int32, torch.tensor], ids=["int64", "int32", "tensor"])
+def test_integers_of_other_kinds(as_int):
+    """Handles and counts out of arrays do what ints do, and the tree keeps ints."""
+
+    def grow(tree, i):
+        root = tree.add(i(-1), i(6))
+        leaves = tree.fork(i(root), i(3))
+        tree.append([i(leaf) for leaf in leaves], [i(1), i(2), i(3)])
+        tree.append(i(leaves[0]), i(2))
+        tree.append(leaves[1:], i(1))
+        child = tree.add(i(leaves[2]), i(1))
+        tree.release(i(leaves[1]))
+        tree.release([i(root)])
+        plan = tree.plan({i(leaves[0]): i(3), i(child): i(1)}, reserve=i(1))
+        counted = [tree.num_tokens(i(child)), tree.context_len(i(child)), tree.room(i(child))]
+        slots = tree.slots({i(child): i(1)})
+        return [counted, snapshot(tree), plan.nodes.tolist(), plan.pages.tolist(), slots.tolist()]
+
+    wanted, tree = grow(make(), int), make()
+    assert grow(tree, as_int) == wanted
+    assert {type(node) for handle, record in tree._nodes.items() for node in (handle, record.parent)} == {int}
+    assert {type(record.length) for record in tree._nodes.values()} == {int}
+
+
 def test_out_of_pages_leaves_the_tree_as_it_was():
     tree = make(num_pages=3)
     a, b = tree.add(None, 4), tree.add(None, 4)
@@ -227,7 +252,12 @@ def test_caches():
         (lambda t, a, b: t.append([b], [1, 2]), ValueError, r"num_tokens: expected 1 entries, as many as nodes, got 2"),
         (lambda t, a, b: t.append([b], [-1]), ValueError, r"num_tokens: expected at least 0 each, got -1"),
         (lambda t, a, b: t.append([b], 1.5), TypeError, r"num_tokens: expected a list of ints, got 1.5"),
-        (lambda t, a, b: t.append([True]), TypeError, r"nodes: expected an int, got True"),
+        (lambda t, a, b: t.append([True]), TypeError, r"nodes\[0\]: expected an int, got True"),
+        (lambda t, a, b: t.append(b, True), TypeError, r"num_tokens: expected an int, got True"),
+        (lambda t, a, b: t.append(np.array([b, 1.5])), TypeError, r"nodes\[0\]: expected an int, got 1.0"),
+        (lambda t, a, b: t.fork(a, np.float64(2)), TypeError, r"n: expected an int, got .*2.0"),
+        (lambda t, a, b: t.plan({np.int64(b): np.bool_(True)}), TypeError, r"rows\[1\]: expected an int, got .*True"),
+        (lambda t, a, b: t.plan({torch.tensor(b): 1, b: 1}), ValueError, r"rows: expected each node once, got 1 twice"),
         (lambda t, a, b: t.append(1.0), TypeError, r"nodes: expected a list of ints"),
         (lambda t, a, b: t.release([b, b]), ValueError, r"nodes: expected each node once"),
         (lambda t, a, b: t.release([b, 7]), ValueError, r"nodes: expected a node .* got 7"),

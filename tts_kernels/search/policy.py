@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tts_kernels.tree.checks import check_int, fail, int_list
+from tts_kernels.tree.checks import check_int, fail, int_list, one_or_more
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
 from tts_kernels.tree.plan import TreePlan
 
@@ -189,7 +189,7 @@ class Policy:
 
     def release(self, nodes: int | Sequence[int]) -> None:
         """Gives nodes back; the pages of those that no node below needs are free at once."""
-        nodes = [nodes] if isinstance(nodes, int) else int_list("nodes", nodes)
+        nodes = one_or_more("nodes", nodes)
         self.kv.release(nodes)
         for node in nodes:
             del self._tips[node]

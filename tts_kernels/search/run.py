@@ -14,7 +14,7 @@ import torch
 
 from tts_kernels.scoring import select
 from tts_kernels.scoring.results import REDUCES
-from tts_kernels.tree.checks import as_int, fail
+from tts_kernels.tree.checks import check_int, fail
 
 from .answers import boxed, canonical, vote_groups
 from .checks import check_sampling, check_text
@@ -53,7 +53,7 @@ class Options:
 
     def __post_init__(self):
         check_sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
-        as_int("seed", self.seed)
+        check_int("seed", self.seed)
         if self.reduce is not None and self.reduce not in REDUCES:
             fail("reduce", f"one of {', '.join(REDUCES)}, or None", repr(self.reduce))
         for name in ("answer", "canonical"):

@@ -23,16 +23,16 @@ def int_list(name: str, values: Sequence[int]) -> list[int]:
             fail(name, "a list of ints", repr(values), TypeError)
     if not [v for v in values if type(v) is not int]:
         return values
-    return [as_int(f"{name}[{i}]", v) for i, v in enumerate(values)]
+    return [check_int(f"{name}[{i}]", v) for i, v in enumerate(values)]
 
 
-def as_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        fail(name, "an int", repr(value), TypeError)
-    try:
-        return operator.index(value)
-    except TypeError:  # a tensor that is not one integer
-        fail(name, "an int", repr(value), TypeError)
+def is_one(value: object) -> bool:
+    """Whether it stands for one int, not for a list of them. Arrays and tensors of any shape have __index__."""
+    return hasattr(value, "__index__") and not getattr(value, "ndim", 0)
+
+
+def one_or_more(name: str, values: int | Sequence[int]) -> list[int]:
+    return [check_int(name, values)] if is_one(values) else int_list(name, values)
 
 
 def check_options(page_size: int, causal: bool) -> None:
@@ -82,7 +82,7 @@ def check_page_ids(ids: torch.Tensor | None, values: list[int], pages: list[list
             return high
     for node, of_node in enumerate(pages):
         for i, page in enumerate(of_node):
-            page = as_int(f"pages[{node}][{i}]", page)
+            page = check_int(f"pages[{node}][{i}]", page)
             if not 0 <= page <= INT32_MAX:
                 fail(f"pages[{node}][{i}]", f"a page id in [0, {INT32_MAX}]", page)
     raise AssertionError("a page id was refused and none is wrong")

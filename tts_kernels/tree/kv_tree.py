@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from tts_kernels.tree.checks import as_int, check_int, check_options, fail, int_list
+from tts_kernels.tree.checks import check_int, check_options, fail, int_list, is_one, one_or_more
 from tts_kernels.tree.plan import TreePlan, build, int_tensor
 from tts_kernels.tree.room import PlanWithRoom, Room, plan_with_room
 
@@ -111,9 +111,8 @@ class KVTree:
 
         Returns its handle. Its tokens lie at `slots({node: num_tokens})`; the caller writes them.
         """
-        if parent is None or (type(parent) is int and parent == -1):
-            parent = -1
-        else:
+        parent = -1 if parent is None else check_int("parent", parent)
+        if parent != -1:
             self._held("parent", parent)
         num_tokens = check_int("num_tokens", num_tokens, 0)
         (pages,) = self._take([-(-num_tokens // self.page_size)])
@@ -124,6 +123,7 @@ class KVTree:
 
     def fork(self, node: int, n: int) -> list[int]:
         """`n` new empty children of `node`. Nothing is copied. While it has children `node` takes no more tokens."""
+        node = check_int("node", node)
         self._held("node", node)
         return [self._new(node) for _ in range(check_int("n", n, 0))]
 
@@ -134,7 +134,7 @@ class KVTree:
         its tokens would come between it and them, and so is a node that is named twice.
         """
         records = self._distinct(nodes)
-        if isinstance(num_tokens, int):
+        if is_one(num_tokens):
             counts = [check_int("num_tokens", num_tokens, 0)] * len(records)
         else:
             counts = int_list("num_tokens", num_tokens)
@@ -192,8 +192,8 @@ class KVTree:
               is returned. A captured graph that reads it follows, through forks and releases too
         """
         check_options(self.page_size, causal)
-        check_int("reserve", reserve, 0)
-        records = self._rows(rows)
+        reserve = check_int("reserve", reserve, 0)
+        rows, records = self._rows(rows)
         index = {-1: -1}  # of each node in the plan, ancestors before descendants
         chosen: list[Node] = []
         for node in rows:
@@ -251,9 +251,10 @@ class KVTree:
 
         [R] int64 on `device`: page id * page_size + offset in the page.
         """
+        rows, records = self._rows(rows)
         slots: list[int] = []
         page_size = self.page_size
-        for record, count in zip(self._rows(rows), rows.values()):
+        for record, count in zip(records, rows.values()):
             token, stop = record.length - count, record.length
             while token < stop:
                 offset = token % page_size
@@ -270,35 +271,37 @@ class KVTree:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _held(self, name: str, node: int) -> Node:
-        record = self._nodes.get(node) if type(node) is int else None
+        record = self._nodes.get(node if type(node) is int else check_int(name, node))
         if record is None or not record.held:
-            as_int(name, node)
             fail(name, "a node of this tree that is not released", node)
         return record
 
     def _distinct(self, nodes: int | Sequence[int]) -> dict[int, Node]:
-        if isinstance(nodes, int):
-            nodes = [nodes]
-        elif type(nodes) is not list:
-            nodes = int_list("nodes", nodes)
+        nodes = one_or_more("nodes", nodes)
         records = {node: self._held("nodes", node) for node in nodes}
         if len(records) != len(nodes):
             twice = next(node for node in records if nodes.count(node) > 1)
             fail("nodes", "each node once", f"{twice} {nodes.count(twice)} times")
         return records
 
-    def _rows(self, rows: Mapping[int, int]) -> list[Node]:
+    def _rows(self, rows: Mapping[int, int]) -> tuple[dict[int, int], list[Node]]:
+        """`rows` in Python's ints, and the nodes."""
         if not isinstance(rows, Mapping):
             fail("rows", "a dict from node to number of rows", repr(rows), TypeError)
+        checked: dict[int, int] = {}
         records = []
         for node, count in rows.items():
             record = self._held("rows", node)
-            if type(count) is not int:
-                fail(f"rows[{node}]", "an int", repr(count), TypeError)
+            if type(node) is not int or type(count) is not int:
+                node = check_int("rows", node)
+                count = check_int(f"rows[{node}]", count)
             if not 0 <= count <= record.length:
                 fail(f"rows[{node}]", f"0 <= rows <= the node's {record.length} tokens", count)
+            if node in checked:  # tensors that say the same are two keys of a dict
+                fail("rows", "each node once", f"{node} twice")
+            checked[node] = count
             records.append(record)
-        return records
+        return checked, records
 
     def _new(self, parent: int) -> int:
         node = self._next
