@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -144,6 +145,24 @@ def test_threads():
         got = list(pool.map(lambda i: ways[i % 2](*jobs[i // 2 % len(jobs)]), range(4 * len(jobs))))
     for i, scores in enumerate(got):
         assert scores == pytest.approx(wanted[i // 2 % len(jobs)], **CLOSE)
+
+
+def test_first_calls_in_several_threads_make_one_tree(monkeypatch):
+    verifier = make("sigmoid")
+    made, tree_models = [], verifier.tree_models
+    both = threading.Barrier(2)
+
+    def slow(max_tokens):
+        made.append(max_tokens)
+        try:
+            both.wait(0.5)  # for as long the other one may come here too
+        except threading.BrokenBarrierError:
+            return tree_models(max_tokens)
+
+    monkeypatch.setattr(verifier, "tree_models", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: verifier._kept_trees(), range(2))
+    assert first is second and len(made) == 1
 
 
 @pytest.mark.parametrize("kind, op", [("softmax", "gather"), ("implicit", "token_logprobs")])

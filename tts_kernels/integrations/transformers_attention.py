@@ -169,11 +169,16 @@ def unsupported_reasons(model: PreTrainedModel) -> list[str]:
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
+def lock_of(model: PreTrainedModel) -> threading.RLock:
+    """One lock for each decoder, whatever models stand around it."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return _LOCKS.setdefault(decoder, threading.RLock())
+
+
 @contextlib.contextmanager
 def attention_switched(model: PreTrainedModel) -> Iterator[None]:
     """Within another one of the same model it costs nothing; other threads wait, since the switch is the model's."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    with _LOCKS.setdefault(decoder, threading.RLock()):
+    with lock_of(model):
         if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
             yield
             return

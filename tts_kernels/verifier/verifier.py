@@ -20,6 +20,7 @@ from tts_kernels.tree.kv_tree import OutOfPages
 from tts_kernels.tree.pack import pack
 from tts_kernels.tree.plan import int_tensor
 
+from .checks import check_list, check_texts
 from .forward import gather, packed_forwards
 from .implicit import ImplicitHead, pack_responses, packed_rewards
 from .recipe import Encoded, Recipe
@@ -246,8 +247,11 @@ class Verifier:
         ]
 
     def _kept_trees(self) -> list:
-        if self._trees is None:
-            self._trees = self.tree_models(self.max_tokens)
+        from tts_kernels.integrations.transformers_attention import lock_of
+
+        with lock_of(self.models[0]):  # of two first calls in two threads one makes them
+            if self._trees is None:
+                self._trees = self.tree_models(self.max_tokens)
         return self._trees
 
     def _steps(self, sequences: list[Encoded], offsets: Tensor) -> tuple[StepScores, int]:
@@ -265,15 +269,3 @@ class Verifier:
         rewards = packed_rewards(self._kept_trees(), self.head, packed, sequences, self.chunk_tokens, self.backend)
         scores = aggregate(rewards, offsets=offsets, activation="identity", backend=self.backend)
         return scores, len(packed.tokens)
-
-
-def check_texts(name: str, texts: Sequence[str]) -> None:
-    check_list(name, texts)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            fail(f"{name}[{i}]", "a text", type(text).__name__, TypeError)
-
-
-def check_list(name: str, texts: Sequence) -> None:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        fail(name, "a list of texts", repr(type(texts).__name__), TypeError)
