@@ -184,15 +184,24 @@ def test_holds():
     (b,) = session.extend([a], ["b"]).nodes
     session.release(a)
     assert session.steps(a) == ["a"]
-    with pytest.raises(ValueError, match=r"nodes\[0\]: expected a node that is held by the caller, got"):
+    with pytest.raises(ValueError, match=r"nodes\[0\]: expected 1 at most as often as the caller holds it, 1, got 2"):
         session.release([a, a])
     session.release([a])
     assert session.steps(b) == ["a", "b"]  # a lives by b
-    session.release(b)
+    for call in (
+        lambda: session.scores([a]),
+        lambda: session.steps(a),
+        lambda: session.extend([a], ["c"]),
+        lambda: session.release(a),
+    ):
+        with pytest.raises(ValueError, match="expected a node of this session that is not released, got 1"):
+            call()
+    assert session.extend([session.root], ["a"]).nodes == (a,)  # b goes on below it, so it is the same
+    session.release([a, b])
     for node in (a, b):
         with pytest.raises(ValueError, match=r"nodes\[0\]: expected a node of this session that is not released"):
             session.scores([node])
-    with pytest.raises(ValueError, match="held by the caller"):
+    with pytest.raises(ValueError, match="expected 0 at most as often as the caller holds it, 0, got 1"):
         session.release(session.root)
     (again,) = session.extend([session.root], ["a"]).nodes
     assert again not in (a, b)
@@ -259,7 +268,25 @@ def test_close_lets_go_of_everything():
     session.close()
     assert session.tokens_held == 0 and session.scores([a]).prob.tolist() == wanted
     assert all(record.states is None for record in session._nodes.values())
-    session.release(a)
+    again = session.extend([session.root], ["abc"])  # it is there already
+    assert again.nodes == (a,) and again.prob.tolist() == wanted
+    with pytest.raises(RuntimeError, match="the session is closed"):
+        session.extend([session.root, a], ["abc", "d"])
+    session.release([a, a])
+    assert list(session._nodes) == [session.root]
+
+
+def test_what_was_released_leaves_nothing_behind():
+    """Steps that come and go: the session is as large as the nodes that live."""
+    session = make().session("good", max_tokens=48)
+
+    def size():
+        return {name: len(held) for name, held in vars(session).items() if hasattr(held, "__len__")}
+
+    before = size()
+    for i in range(200):
+        session.release(session.extend([session.root], [chr(ord("a") + i % 26)]).nodes)
+    assert size() == before
 
 
 def test_a_step_that_is_extended_often_is_tokenized_once(monkeypatch):
@@ -340,13 +367,16 @@ def test_bad_input():
     for call, error, message in [
         (lambda: session.extend([7], ["a"]), ValueError, r"parents\[0\]: expected a node of this session"),
         (lambda: session.extend([0], []), ValueError, "steps: expected 1 steps, as many as parents, got 0"),
+        (lambda: session.extend([0, 0], "ab"), TypeError, "steps: expected a list of texts, got 'str'"),
+        (lambda: session.extend([True], ["a"]), TypeError, r"parents\[0\]: expected an int, got True"),
         (lambda: session.extend([0], [3]), TypeError, r"steps\[0\]: expected a text, got int"),
         (
             lambda: session.extend([0, 0], ["a", "abcdefgh"]),
             ValueError,
             r"steps\[1\]: expected at most 12 tokens",
         ),
-        (lambda: session.release([0]), ValueError, r"nodes\[0\]: expected a node that is held"),
+        (lambda: session.release([0]), ValueError, r"nodes\[0\]: expected 0 at most as often as the caller holds it"),
+        (lambda: session.release(0.0), TypeError, "nodes: expected a list of ints, got 0.0"),
         (lambda: session.scores([1]), ValueError, r"nodes\[0\]: expected a node of this session"),
         (lambda: verifier.session(3), TypeError, "question: expected a text, got int"),
         (lambda: verifier.session("abcdefgh abcdefgh"), ValueError, "question: expected at most 12 tokens"),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tts_kernels.scoring import StepScores, aggregate, step_scores
-from tts_kernels.tree.checks import check_int, fail, int_list
+from tts_kernels.tree.checks import check_int, fail, int_list, one_or_more
 from tts_kernels.tree.kv_tree import OutOfPages
 from tts_kernels.tree.plan import int_tensor
 
+from .checks import check_texts
 from .forward import forwards, gather
 from .implicit import row_logprobs
 from .session_node import Node, below_first
@@ -51,7 +52,8 @@ class VerifierSession:
 
     A node is a handle, an int that is never used again. Forking is free: extend one parent by several steps. A node
     lives while it is held, by whoever got it from `extend` (once for each time) until `release`, and by its children.
-    Asking for a step that its parent has already gives the same node, and no token goes through the model.
+    A handle whose last hold was given back is refused everywhere, though its children go on below it. Asking for a step
+    that its parent has already gives the same node, held once more, and no token goes through the model.
     """
 
     def __init__(self, verifier: Verifier, question: str, *, max_tokens: int | None = None, when_full: str = "refuse"):
@@ -69,7 +71,6 @@ class VerifierSession:
         self.root = 0
         self._nodes: dict[int, Node] = {}
         self._next = 0
-        self._margins = torch.empty(0, dtype=torch.float32, device=verifier.device)  # of every step, score before act
         self._clock = 0
         self._context = verifier.context
         ids = verifier.encode("question", question, ())[0].ids
@@ -89,7 +90,8 @@ class VerifierSession:
         self.close()
 
     def close(self) -> None:
-        """Lets go of all KV. Scores of nodes can still be asked for; nothing can be extended."""
+        """Lets go of all KV. Scores of nodes can still be asked for, and steps that are there already; new ones raise
+        RuntimeError."""
         for record in self._nodes.values():
             self._drop_kv(record)
             record.states = None
@@ -108,15 +110,12 @@ class VerifierSession:
         """The scores of the paths to these nodes, from what is kept: nothing goes through the model."""
         nodes = int_list("nodes", nodes)
         paths = [self._path(self._check(f"nodes[{i}]", node)) for i, node in enumerate(nodes)]
-        rows = int_tensor([self._nodes[n].row for path in paths for n in path], torch.int64)
-        offsets = [0]
-        for path in paths:
-            offsets.append(offsets[-1] + len(path))
-        device = self._margins.device
-        offsets = int_tensor(offsets, torch.int64).to(device)
+        margins = torch.tensor([self._nodes[n].margin for path in paths for n in path], dtype=torch.float32)
+        device = self.verifier.device
+        offsets = int_tensor(list(accumulate(map(len, paths), initial=0)), torch.int64).to(device)
         head = self.verifier.head
         scores = aggregate(
-            self._margins[rows.to(device)],
+            margins.to(device),
             offsets=offsets,
             activation="identity" if self.verifier.recipe.implicit or head.activation == "identity" else "sigmoid",
             backend=self.verifier.backend,
@@ -136,8 +135,10 @@ class VerifierSession:
         its first steps, as few as it takes, and a warning says so; the scores that its steps have are kept.
 
         Raises TypeError and ValueError for wrong arguments, among them a path beyond the model's context where that is
-        an error; OutOfPages where there is no room. Nothing is changed then.
+        an error; OutOfPages where there is no room; RuntimeError for a new step of a closed session. Nothing is changed
+        then.
         """
+        check_texts("steps", steps)
         parents = int_list("parents", parents)
         for i, parent in enumerate(parents):
             self._check(f"parents[{i}]", parent)
@@ -145,8 +146,6 @@ class VerifierSession:
             fail("steps", f"{len(parents)} steps, as many as parents", len(steps))
         fresh: dict[tuple[int, str], Node] = {}
         for i, (parent, step) in enumerate(zip(parents, steps)):
-            if not isinstance(step, str):
-                fail(f"steps[{i}]", "a text", type(step).__name__, TypeError)
             if step not in self._nodes[parent].children and (parent, step) not in fresh:
                 fresh[parent, step] = self._make(f"steps[{i}]", parent, step)
         self._clock += 1
@@ -164,12 +163,12 @@ class VerifierSession:
 
     def release(self, nodes: int | Sequence[int]) -> None:
         """Gives a hold of each of the nodes back. What neither the caller nor a child holds is forgotten."""
-        nodes = [nodes] if isinstance(nodes, int) else int_list("nodes", nodes)
+        nodes = one_or_more("nodes", nodes)
         times = Counter(nodes)
         for i, node in enumerate(nodes):
-            self._check(f"nodes[{i}]", node)
-            if times[node] > self._nodes[node].holds - (node == self.root):
-                fail(f"nodes[{i}]", "a node that is held by the caller", node)
+            holds = self._nodes[self._check(f"nodes[{i}]", node)].holds - (node == self.root)
+            if times[node] > holds:
+                fail(f"nodes[{i}]", f"{node} at most as often as the caller holds it, {holds}", times[node])
         for node in nodes:
             self._nodes[node].holds -= 1
             while not (record := self._nodes[node]).holds and not record.children:
@@ -179,7 +178,8 @@ class VerifierSession:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _check(self, name: str, node: int) -> int:
-        if node not in self._nodes:
+        node = check_int(name, node)
+        if node not in self._nodes or not self._nodes[node].holds:
             fail(name, "a node of this session that is not released", node)
         return node
 
@@ -245,7 +245,9 @@ class VerifierSession:
 
     def _encode(self, fresh: list[int]) -> None:
         """Gives these nodes KV and scores, in as few runs as there is room for."""
-        if fresh and not self.models:
+        if not fresh:
+            return
+        if not self.models:
             raise RuntimeError("the session is closed")
         paths = [self._above(node) for node in fresh]
         need = {node: i for i, path in enumerate(paths) for node in path}  # the last of `fresh` that stands on it
@@ -308,10 +310,10 @@ class VerifierSession:
         """Nodes without KV through the models, and scores for those that have none yet."""
         records = [self._nodes[node] for node in group]
         lengths = [len(record.ids) for record in records]
-        ids = int_tensor([token for record in records for token in record.ids], torch.int64).to(self._margins.device)
+        ids = int_tensor([token for record in records for token in record.ids], torch.int64).to(self.verifier.device)
         first = list(accumulate(lengths, initial=0))
         last_rows = torch.tensor([end - 1 for end in first[1:]])
-        fresh = [i for i, record in enumerate(records) if record.row < 0 and record.parent >= 0]
+        fresh = [i for i, record in enumerate(records) if record.margin is None and record.parent >= 0]
         handles: list[list[int]] = []
         states: list[Tensor] = []  # the last of each record, by model
         logprobs: list[Tensor] = []
@@ -337,10 +339,11 @@ class VerifierSession:
                 record.states = [of_model[i] for of_model in states]
         if fresh:
             scored = [records[i] for i in fresh]
-            margins = self._rewards(scored, logprobs) if logprobs else self._head(states[0][fresh])
-            for row, record in enumerate(scored, len(self._margins)):
-                record.row = row
-            self._margins = torch.cat([self._margins, margins])
+            if logprobs:
+                self._reward(scored, logprobs)
+            else:
+                for record, margin in zip(scored, self._head(states[0][fresh]).tolist()):
+                    record.margin = margin
 
     def _pieces(
         self, group: list[int], m: int, added: list[int], ids: Sequence[Tensor]
@@ -374,9 +377,9 @@ class VerifierSession:
             self.verifier.head.weights[m], ids, torch.cat(rows), torch.cat(before), stream, self.verifier.backend, known
         )  # fmt: skip
 
-    def _rewards(self, fresh: list[Node], logprobs: list[Tensor]) -> Tensor:
+    def _reward(self, fresh: list[Node], logprobs: list[Tensor]) -> None:
+        """Their margins, from those of their parents: fp64, rounded only where they are shown."""
         ratios = self.verifier.head.ratio(logprobs).split([len(record.ids) - record.response for record in fresh])
         sums = torch.stack([ratio.sum() for ratio in ratios])
         for record, total in zip(fresh, sums.tolist()):
-            record.reward = self._nodes[record.parent].reward + total
-        return torch.tensor([record.reward for record in fresh], dtype=torch.float32, device=sums.device)
+            record.margin = (self._nodes[record.parent].margin or 0.0) + total

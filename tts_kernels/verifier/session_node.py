@@ -20,11 +20,9 @@ class Node:
     length: int  # tokens from the beginning of the path to the end of the step
     under: int | None  # the node whose KV this one's follows; None: it begins anew
     response: int  # index of the first of `ids` that belongs to the answer
-    row: int = -1  # of the session's margins; -1 for the root
+    margin: float | None = None  # the step's score before activation; None for the root, and until it was encoded
     kv: list[int] | None = None  # handles in the KV trees, one for each model; None: not there
-    # Of implicit rewards alone: the last hidden state of each model, and the reward before rounding.
-    states: list[Tensor] | None = None
-    reward: float = 0.0
+    states: list[Tensor] | None = None  # of implicit rewards alone: the last hidden state of each model
     children: dict[str, int] = field(default_factory=dict)  # by step
     holds: int = 0
     used: int = 0  # when it was last read
