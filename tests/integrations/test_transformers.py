@@ -350,6 +350,24 @@ def test_attention_outside_generate_is_refused(model):
         model.set_attn_implementation(before)
 
 
+def test_going_on_from_the_returned_cache_is_refused(model):
+    """Without the switched attention it would see the new tokens alone. Its figures stay as they are."""
+    kwargs = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
+    out = generate(model, prompts()[0], max_new_tokens=3, **kwargs)
+    cache = out.past_key_values
+    figures = cache.kv_bytes_held, cache.kv_bytes_per_step(), cache.get_seq_length()
+    for go_on in (
+        lambda: model.generate(out.sequences, past_key_values=cache, max_new_tokens=4),
+        lambda: model(out.sequences[:, -1:], past_key_values=cache),
+        lambda: model(out.sequences, past_key_values=cache),
+    ):
+        with pytest.raises(ValueError, match=r"^past_key_values: expected .* got that of a .* which is over"):
+            go_on()
+        assert (cache.kv_bytes_held, cache.kv_bytes_per_step(), cache.get_seq_length()) == figures
+    with pytest.raises(ValueError, match="argument past_key_values"):
+        generate(model, out.sequences, past_key_values=cache)
+
+
 def test_bidirectional_mask_is_refused():
     model = build("gemma3-window", use_bidirectional_attention=True)
     with pytest.raises(ValueError, match="neither causal"):

@@ -54,7 +54,7 @@ def generate(
 
     Returns:
         What `model.generate` returns; row b * N + n is sample n of question b. With return_dict_in_generate=True the
-        result's `past_key_values` is the `TreeCache`, which counts its bytes.
+        result's `past_key_values` is the `TreeCache`, which counts its bytes. A model refuses to go on from it.
 
     Raises:
         TypeError: `model` or `input_ids` is of another kind.
@@ -89,7 +89,9 @@ def generate(
     )
     with attention_switched(model), torch.no_grad():
         _prefill(model, cache, input_ids, mask, config.prefill_chunk_size)
-        return model.generate(input_ids, attention_mask=mask, past_key_values=cache, **generate_kwargs)
+        result = model.generate(input_ids, attention_mask=mask, past_key_values=cache, **generate_kwargs)
+    cache.expect_nothing()
+    return result
 
 
 def _unsupported_settings(config: GenerationConfig, model_kwargs: dict, generate_kwargs: dict) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..tree.checks import fail
 from ..tree.kv_tree import KVTree
 from .transformers_attention import TreeCall, TreeLayer, refuse
 
@@ -16,7 +17,8 @@ FIRST_ROOM = 256  # tokens for which each sample has pages at first, at most; tw
 
 class TreeCache(Cache):
     """The cache that `generate` hands to the model; with return_dict_in_generate=True it comes back as
-    `past_key_values`, for its figures. It belongs to the call that made it and cannot go into another."""
+    `past_key_values`, for its figures. It belongs to the call that made it: a later one that is given it is refused,
+    since without the switched attention it would see no KV but its own."""
 
     def __init__(
         self,
@@ -47,6 +49,10 @@ class TreeCache(Cache):
     def expect_samples(self) -> None:
         """All questions are stored. Each forward now brings a token of each sample, at first the last prompt token."""
         self.tree.begin_samples()
+
+    def expect_nothing(self) -> None:
+        """The call is over."""
+        self.tree.ended = True
 
     @property
     def kv_bytes_held(self) -> int:
@@ -94,6 +100,7 @@ class SampleTree(TreeCall):
         self.leaves: dict[int, int] = {}  # to their number of rows, which is 1
         self.forwards = -1  # of samples; -1: prompts are coming
         self.prompt_range = (0, 0)
+        self.ended = False
 
     @property
     def generated(self) -> int:
@@ -117,6 +124,9 @@ class SampleTree(TreeCall):
         return kv
 
     def begin_forward(self) -> None:
+        if self.ended:
+            fail("past_key_values", "a cache of transformers or none", "that of a `generate` over a shared KV tree, "
+                 "which is over: the tokens are to be computed anew")  # fmt: skip
         if self.forwards < 0:
             self._plan_prompts()
         elif self.forwards == 0:
