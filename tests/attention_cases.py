@@ -156,13 +156,16 @@ def on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def fitting(case: Case, path: Path) -> Case:
-    """The nearest case that the path's backend takes: `cuda` has 16-bit q, and copies 16 bytes at a time."""
+    """The nearest case that the path's backend takes: `cuda` has 16-bit q, and copies 16 bytes at a time; with
+    warpgroups, the KV is of q's dtype, and there are two sizes of heads."""
     if path.backend != "cuda":
         return case
     q, kv = (path.takes(dtype) for dtype in case.dtypes)
     if case.dtypes[0] == FP32 and case.seed % 2:
         q, kv = BF16, kv if kv == FP8 else BF16
     whole = 16 if kv == FP8 else 8
+    if path.warpgroups:
+        return replace(case, dtypes=(q, q), head_dim=64 if case.head_dim <= 64 else 128)
     return replace(case, dtypes=(q, kv), head_dim=-(-case.head_dim // whole) * whole)
 
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import importlib
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulated
 import pytest
 import torch
 
 import tts_kernels.attention as attention
+from tts_kernels.configs import TreeConfig
 
 ISAS = ("portable", "avx2", "avx512", "amx", "amx-emulated")
 
 
 @dataclass(frozen=True)
 class Path:
-    """A backend on a device, or a code path of it. "cuda" on the CPU: its kernels in emulation."""
+    """A backend on a device, or a code path of it. "cuda" on the CPU: its kernels in emulation. warpgroups: wherever
+    csrc/cuda/hopper has a kernel for the call, that one."""
 
     backend: str
     device: str = "cpu"
     isa: str | None = None
+    warpgroups: bool = False
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.isa or self.device}"
+        return f"{self.backend}-{self.isa or self.device}" + ("-warpgroups" if self.warpgroups else "")
 
     @property
     def emulated(self) -> bool:
@@ -47,6 +50,10 @@ class Path:
     def select(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if self.isa is not None:
             monkeypatch.setenv("TTS_KERNELS_CPU_ISA", self.isa)
+        if self.warpgroups:
+            module = importlib.import_module("tts_kernels.attention.cuda")
+            present = module.config_of
+            monkeypatch.setattr(module, "config_of", lambda q, k_cache: of_warpgroups(present(q, k_cache), q, k_cache))
         if self.emulated:
             native = emulated.native()
             monkeypatch.setattr(importlib.import_module("tts_kernels.attention.cuda"), "native", native)
@@ -61,7 +68,10 @@ class Path:
             if not torch.cuda.is_available():
                 return "no CUDA device"
             q = torch.empty(0, 1, 16, dtype=torch.float16, device="cuda")
-            return "; ".join(attention.unsupported_reasons("tree_attention", self.backend, q)) or None
+            reasons = attention.unsupported_reasons("tree_attention", self.backend, q)
+            if self.warpgroups and torch.cuda.get_device_capability() != (9, 0):
+                reasons = [*reasons, "warpgroups multiply on sm_90 alone"]
+            return "; ".join(reasons) or None
         if self.isa is None:
             q = torch.empty(0, 1, 16)
             return "; ".join(attention.unsupported_reasons("tree_attention", self.backend, q)) or None
@@ -82,10 +92,14 @@ ALL = (
 )
 
 
-def available() -> list:
+# Of tree attention alone.
+WARPGROUPS = (Path("cuda", warpgroups=True), Path("cuda", device="cuda", warpgroups=True))
+
+
+def available(paths: tuple[Path, ...] = ALL) -> list:
     marks = {"cuda": [pytest.mark.gpu]}
     return [
-        pytest.param(path, id=str(path), marks=marks.get(path.device, [])) for path in ALL if path.missing() is None
+        pytest.param(path, id=str(path), marks=marks.get(path.device, [])) for path in paths if path.missing() is None
     ]
 
 
@@ -99,4 +113,11 @@ def cpu_paths() -> list:
 
 def invariant() -> list:
     """Those whose bits do not depend on which other samples there are: `cpu_paths`, and `cuda`."""
-    return [*cpu_paths(), *(param for param in available() if "cuda-" in param.id)]
+    return [*cpu_paths(), *(param for param in available(ALL + WARPGROUPS) if "cuda-" in param.id)]
+
+
+def of_warpgroups(config: TreeConfig, q: torch.Tensor, k_cache: torch.Tensor) -> TreeConfig:
+    """The config with the kernel of csrc/cuda/hopper, where there is one."""
+    if q.shape[2] not in (64, 128) or k_cache.dtype != q.dtype:
+        return config
+    return replace(config, warpgroups=1, num_stages=min(config.num_stages, 3), min_chunk=max(config.min_chunk, 128))

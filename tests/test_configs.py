@@ -25,6 +25,7 @@ VALUES = {
         ({"min_chunk": 96}, "min_chunk"),
         ({"max_chunks": 0}, "max_chunks"),
         ({"num_stages": 0}, "num_stages"),
+        ({"warpgroups": 2}, "warpgroups"),
     ],
 )
 def test_wrong_values_are_refused(changes, name):
@@ -44,6 +45,26 @@ def test_device_before_architecture_before_rule():
         assert "sm_90" in tree_config("NVIDIA H100", "sm_90", 128, 8, 2, 2).source
         assert tree_config("NVIDIA H100", "sm_90", 128, 8, 2, 1) == tree_config("other", "sm_86", 128, 8, 2, 1)
         assert tree_config("other", "sm_86", 128, 8, 2, 2).source == "rule"
+
+
+def cuda_config(row, head_dim=128, kv_bytes=2, has_warpgroups=True, fits=lambda stages, warpgroups: True):
+    entry = {"for": "NVIDIA H200", "file": "table", "num_q_heads": 32, "num_kv_heads": 8, "block_dim": 128, "cuda": row}
+    with mock.patch.object(configs, "shipped", return_value=[entry | {"kv_bytes": kv_bytes}]):
+        return configs.cuda_tree_config("NVIDIA H200", head_dim, 8, kv_bytes, 32, fits, lambda: has_warpgroups)
+
+
+def test_a_measured_row_picks_the_kernels_of_warpgroups():
+    assert cuda_config({}).warpgroups == 0 and cuda_config({}).num_stages == 4
+    row = {"warpgroups": 1, "min_chunk": 512}
+    assert (cuda_config(row).warpgroups, cuda_config(row).num_stages, cuda_config(row).min_chunk) == (1, 3, 512)
+    assert cuda_config(row, fits=lambda stages, warpgroups: stages == 2).num_stages == 2
+    # Not where there are none: the other kernels, with the rest of the row.
+    assert cuda_config(row, has_warpgroups=False).warpgroups == 0
+    assert cuda_config(row, has_warpgroups=False).min_chunk == 512
+    with pytest.raises(ValueError, match=r"table, 32/8 heads: warpgroups: no such kernels are for .* KV of 1 bytes"):
+        cuda_config(row, kv_bytes=1)
+    with pytest.raises(ValueError, match="min_chunk: expected a multiple of 128 with warpgroups, got 64"):
+        cuda_config(row | {"min_chunk": 64})
 
 
 @pytest.mark.parametrize("heads, chunks", [(1, 64), (2, 32), (4, 16), (8, 16), (64, 16)])

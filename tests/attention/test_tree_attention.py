@@ -4,6 +4,7 @@ import functools
 import random
 
 import attention_cases as cases
+import attention_paths as paths
 import pytest
 import torch
 from attention_cases import BF16, FACTORS, FP8, FP16, FP32, Case
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 import tts_kernels.attention as attention
 from tts_kernels.tree.plan import TreePlan
+
+pytestmark = pytest.mark.parametrize("path", paths.available(paths.ALL + paths.WARPGROUPS), indirect=True)
 
 
 @pytest.mark.parametrize("case", cases.covering_cases(), ids=str)

@@ -22,7 +22,8 @@ DTYPE = torch.float16
 
 
 def kernels() -> list:
-    return [param for param in paths.available() if param.values[0].backend in ("cuda", "triton")]
+    found = paths.available(paths.ALL + paths.WARPGROUPS)
+    return [param for param in found if param.values[0].backend in ("cuda", "triton")]
 
 
 class Layers:

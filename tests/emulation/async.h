@@ -46,8 +46,9 @@ inline void Machine::arrive_at(const Site& site, uint64_t* barrier) {
   maybe_yield();
   PhaseBarrier& found = barrier_at(site, barrier);
   if (found.pending == 0) fail(describe(site) + ": more arrivals than the barrier has");
-  --found.pending;
+  const bool last = --found.pending == 0;
   end_phase(found);
+  if (last) maybe_sleep();  // who waits finds out whether what this thread has done is there
   maybe_yield();
 }
 
@@ -169,66 +170,77 @@ inline void Machine::issue_product(const Product& product, uint32_t* const* a, f
     std::memcpy(mine.a_then[warp * kLanes + lane], a[lane], 16);
   }
   mine.issued |= 1u << warp;
-  if (mine.issued != 15u) return;
-  if (chance(2)) catch_up(group, number + 1);
+  if (mine.issued == 15u && std::find(multiplying_.begin(), multiplying_.end(), &group) == multiplying_.end())
+    multiplying_.push_back(&group);
+}
+
+// Some products of a group happen; all that its warps have called, where `all`. Who waited for no more goes on.
+inline void Machine::multiply(size_t which, bool all) {
+  Warpgroup& group = *multiplying_[which];
+  do {
+    make_product(group);
+    group.products.pop_front();
+    ++group.done;
+  } while (!group.products.empty() && group.products.front().issued == 15u && (all || !chance(4)));
+  if (group.products.empty() || group.products.front().issued != 15u) {
+    multiplying_[which] = multiplying_.back();
+    multiplying_.pop_back();
+  }
   const std::vector<Warp*> waiting = group.waiting;
-  for (Warp* other : waiting) {
-    if (group.waits_for[other->index % 4] > number + 1) continue;
-    give_back(group, other);
-    group.waiting.erase(std::find(group.waiting.begin(), group.waiting.end(), other));
-    other->arrived = 0;
-    set_ready(other, kAllLanes);
+  for (Warp* warp : waiting) {
+    if (group.waits_for[warp->index % 4] > group.done) continue;
+    give_back(group, warp);
+    group.waiting.erase(std::find(group.waiting.begin(), group.waiting.end(), warp));
+    warp->arrived = 0;
+    set_ready(warp, kAllLanes);
   }
 }
 
-// The products before `until`, which all warps have called.
-inline void Machine::catch_up(Warpgroup& group, int64_t until) {
-  const Block* block = current->block;
-  for (; group.done < until; ++group.done, group.products.pop_front()) {
-    const Product& p = group.products.front();
-    const uint32_t start = uint32_t(p.b & 0x3fff) << 4, leading = uint32_t(p.b >> 16 & 0x3fff) << 4,
-                   stride = uint32_t(p.b >> 32 & 0x3fff) << 4;
-    if (p.b >> 62 != 1 || (p.b >> 49 & 7u) != 0)
-      fail(describe(p.site) + ": only a swizzle of 128 bytes from a multiple of 1024 is modelled");
-    static float b[16][256];
-    for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < p.columns; ++column) {
-        // The canonical layouts of the PTX ISA: eight rows of 128 bytes, the next eight `stride` further; across, the
-        // next 64 columns `leading` further.
-        const uint32_t at =
-            swizzle_128(start + (p.across ? uint32_t(column / 64) * leading + uint32_t(column % 64 * 2) +
-                                                uint32_t(k / 8) * stride + uint32_t(k % 8 * 128)
-                                          : uint32_t(column / 8) * stride + uint32_t(column % 8 * 128 + k * 2)));
-        const size_t offset = at - kAligned;
-        if (at < kAligned || offset + 2 > block->shared_bytes)
-          fail(describe(p.site) + ": b is not in the block's shared memory");
-        uint16_t bits;
-        std::memcpy(&bits, block->shared + offset, 2);
-        if (!block->unfenced.empty() && block->unfenced[offset / 16] >= 0) bits = 0xffff;
-        b[k][column] = p.widen(bits);
+inline void Machine::make_product(Warpgroup& group) {
+  const Block* block = group.block;
+  const Product& p = group.products.front();
+  const uint32_t start = uint32_t(p.b & 0x3fff) << 4, leading = uint32_t(p.b >> 16 & 0x3fff) << 4,
+                 stride = uint32_t(p.b >> 32 & 0x3fff) << 4;
+  if (p.b >> 62 != 1 || (p.b >> 49 & 7u) != 0)
+    return note(block, p.site, "only a swizzle of 128 bytes from a multiple of 1,024 is modelled");
+  static float b[16][256];
+  for (int k = 0; k < 16; ++k)
+    for (int column = 0; column < p.columns; ++column) {
+      // The canonical layouts of the PTX ISA: eight rows of 128 bytes, the next eight `stride` further; across, the
+      // next 64 columns `leading` further.
+      const uint32_t at =
+          swizzle_128(start + (p.across ? uint32_t(column / 64) * leading + uint32_t(column % 64 * 2) +
+                                              uint32_t(k / 8) * stride + uint32_t(k % 8 * 128)
+                                        : uint32_t(column / 8) * stride + uint32_t(column % 8 * 128 + k * 2)));
+      const size_t offset = at - kAligned;
+      if (at < kAligned || offset + 2 > block->shared_bytes)
+        return note(block, p.site, "b is not in the block's shared memory");
+      uint16_t bits;
+      std::memcpy(&bits, block->shared + offset, 2);
+      if (!block->unfenced.empty() && block->unfenced[offset / 16] >= 0) bits = 0xffff;
+      b[k][column] = p.widen(bits);
+    }
+  for (int warp = 0; warp < 4; ++warp) {
+    Accumulators* sum = nullptr;
+    for (Accumulators& other : group.under_way[warp])
+      if (other.d[0] == p.d[warp * kLanes]) sum = &other;
+    const int each = p.columns / 2;
+    for (int row = 0; row < 16; ++row) {
+      float d[256], a[16];
+      for (int k = 0; k < 16; ++k) {
+        const int lane = row % 8 * 4 + k % 8 / 2, word = row / 8 + k / 8 * 2, thread = warp * kLanes + lane;
+        if (k % 2 == 0 && p.a[thread][word] != p.a_then[thread][word])
+          return note(block, p.site, "a has changed before the product was made");
+        a[k] = p.widen(uint16_t(p.a_then[thread][word] >> k % 2 * 16));
       }
-    for (int warp = 0; warp < 4; ++warp) {
-      Accumulators* sum = nullptr;
-      for (Accumulators& other : group.under_way[warp])
-        if (other.d[0] == p.d[warp * kLanes]) sum = &other;
-      const int each = p.columns / 2;
-      for (int row = 0; row < 16; ++row) {
-        float d[256], a[16];
-        for (int k = 0; k < 16; ++k) {
-          const int lane = row % 8 * 4 + k % 8 / 2, word = row / 8 + k / 8 * 2, thread = warp * kLanes + lane;
-          if (k % 2 == 0 && p.a[thread][word] != p.a_then[thread][word])
-            fail(describe(p.site) + ": a has changed before the product was made");
-          a[k] = p.widen(uint16_t(p.a_then[thread][word] >> k % 2 * 16));
-        }
-        const auto place = [&](int column) -> float& {
-          const int lane = row % 8 * 4 + column % 8 / 2;
-          return sum->value[size_t(lane * each + column / 8 * 4 + row / 8 * 2 + column % 2)];
-        };
-        for (int column = 0; column < p.columns; ++column) d[column] = p.add ? place(column) : 0.0f;
-        for (int k = 0; k < 16; ++k)
-          for (int column = 0; column < p.columns; ++column) d[column] += a[k] * b[k][column];
-        for (int column = 0; column < p.columns; ++column) place(column) = d[column];
-      }
+      const auto place = [&](int column) -> float& {
+        const int lane = row % 8 * 4 + column % 8 / 2;
+        return sum->value[size_t(lane * each + column / 8 * 4 + row / 8 * 2 + column % 2)];
+      };
+      for (int column = 0; column < p.columns; ++column) d[column] = p.add ? place(column) : 0.0f;
+      for (int k = 0; k < 16; ++k)
+        for (int column = 0; column < p.columns; ++column) d[column] += a[k] * b[k][column];
+      for (int column = 0; column < p.columns; ++column) place(column) = d[column];
     }
   }
 }
@@ -242,7 +254,6 @@ inline void Machine::commit_products() {
 // What the warp waits for is there: its registers are its own again.
 inline void Machine::give_back(Warpgroup& group, Warp* warp) {
   const int index = warp->index % 4;
-  catch_up(group, group.waits_for[index]);
   std::vector<Accumulators>& under_way = group.under_way[index];
   for (size_t i = 0; i < under_way.size();) {
     const Accumulators& sum = under_way[i];
@@ -253,7 +264,8 @@ inline void Machine::give_back(Warpgroup& group, Warp* warp) {
     const size_t each = size_t(sum.columns / 2);
     for (int lane = 0; lane < kLanes; ++lane) {
       for (size_t j = 0; j < each; ++j)
-        if (to_bits(sum.d[lane][j]) != 0xffffffffu) fail("d of a product was written before it was waited for");
+        if (to_bits(sum.d[lane][j]) != 0xffffffffu)
+          note(warp->block, warp->at, "d of a product was written before it was waited for");
       std::memcpy(sum.d[lane], sum.value.data() + size_t(lane) * each, each * 4);
     }
     under_way.erase(under_way.begin() + int(i));
@@ -270,14 +282,20 @@ inline void Machine::meet_for_products(const Site& site, int groups_left) {
   const int which = int(committed.size()) - 1 - groups_left;
   const int64_t until = which < 0 ? 0 : committed[size_t(which)];
   group.waits_for[warp->index % 4] = until;
-  for (int64_t i = std::max(group.done, int64_t(0)); i < until; ++i) {
-    if (group.products[size_t(i - group.done)].issued == 15u) continue;
-    group.waiting.push_back(warp);  // others have not come yet
+  if (group.done < until) {
+    group.waiting.push_back(warp);
     next();
     return;
   }
   give_back(group, warp);
   release(warp);
+}
+
+// An error of what goes on beside the threads; the launch ends when the next one is looked for.
+inline void Machine::note(const Block* block, const Site& site, const std::string& what) {
+  if (failed_) return;
+  failed_ = true;
+  failure_ = "block " + std::to_string(block->index) + ": " + describe(site) + ": " + what;
 }
 
 inline std::string Machine::left_in_groups(const Block* block) const {

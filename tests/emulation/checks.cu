@@ -5,6 +5,7 @@
 #include <array>
 #include <string>
 
+#include "checks_hopper.h"
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
 
@@ -261,6 +262,14 @@ PYBIND11_MODULE(checks, m) {
   m.def("product", [](bool bf16, int64_t a, int64_t b, int64_t d) {
     const Product p = {at<uint16_t>(a), at<uint16_t>(b), at<float>(d)};
     run(bf16 ? product<BF16> : product<F16>, p, 1, 32, 1024, "product");
+  });
+  m.def("hopper_product", [](bool bf16, bool across, bool copied, int64_t a, int64_t b, int64_t d, int omit) {
+    const HopperProduct p = {at<uint16_t>(a), at<uint16_t>(b), at<float>(d), {}, copied, omit};
+    pybind11::gil_scoped_release release;
+    if (bf16)
+      run_hopper_product<BF16>(p, across, DType::bf16);
+    else
+      run_hopper_product<F16>(p, across, DType::f16);
   });
   m.def("kernel", [](const std::string& name, int64_t grid, int block, int64_t shared_bytes, int64_t in, int64_t out,
                      int64_t counter, int size, int omit) {

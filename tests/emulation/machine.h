@@ -26,7 +26,6 @@ constexpr int kPoison = 0xff;  // every byte: NaN in fp32, fp16, bf16 and e4m3, 
 constexpr size_t kRedZone = 1024;
 constexpr int64_t kMaxSharedBytes = 227 << 10;
 constexpr size_t kAligned = 1024;  // shared memory begins at a multiple of it
-constexpr int kLandsIn = 64;       // turns: a tile of those under way
 constexpr int kSleepsIn = 5000;    // turns
 constexpr int kMaxThreads = 2048;  // alive at a time: as many as there are stacks
 
@@ -99,6 +98,7 @@ struct Accumulators {
 };
 
 struct Warpgroup {
+  const Block* block = nullptr;
   std::deque<Product> products;  // from number `done` on
   int64_t done = 0;
   int64_t issued[4] = {};             // by each warp
@@ -293,20 +293,25 @@ class Machine {
 
   PhaseBarrier& barrier_at(const Site& site, uint64_t* barrier);
   void end_phase(PhaseBarrier& barrier);
+  void go_on_beside();
   void land_tile(size_t which);
-  void catch_up(Warpgroup& group, int64_t until);
+  void multiply(size_t which, bool all);
+  void make_product(Warpgroup& group);
+  void note(const Block* block, const Site& site, const std::string& what);
   void give_back(Warpgroup& group, Warp* warp);
   std::string left_in_groups(const Block* block) const;
   std::string where() const;
 
   std::mutex mutex_;
   uint64_t seed_ = 1, launches_ = 0, random_ = 1, turns_ = 0;
-  uint32_t stay_in_ = 1;  // a warp keeps its turn but once in this many
-  uint32_t wake_in_ = 1;  // and a thread that sleeps goes on sleeping
+  uint32_t stay_in_ = 1;                   // a warp keeps its turn but once in this many
+  uint32_t tile_in_ = 1, product_in_ = 1;  // turns: of those under way one happens
+  uint32_t wake_in_ = 1;                   // and a thread that sleeps goes on sleeping
   Warp* last_ = nullptr;
   std::vector<Warp*> ready_;
   std::vector<Thread*> sleeping_;
-  std::vector<TileCopy> tiles_;  // under way
+  std::vector<TileCopy> tiles_;          // under way
+  std::vector<Warpgroup*> multiplying_;  // that have products which all of their warps have called
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::pair<uint32_t*, uint32_t>> left_over_;  // stores of ended blocks that nobody sees yet
   Fiber host_;

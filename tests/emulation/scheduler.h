@@ -18,12 +18,24 @@ inline void Machine::set_ready(Warp* warp, uint32_t lanes) {
   }
 }
 
+// Some of what goes on beside the threads happens: by chance, and where there is nobody else to go on.
+inline void Machine::go_on_beside() {
+  if (!tiles_.empty() && chance(int(tile_in_))) land_tile(draw(uint32_t(tiles_.size())));
+  if (!multiplying_.empty() && chance(int(product_in_))) multiply(draw(uint32_t(multiplying_.size())), chance(2));
+  while (ready_.empty() && sleeping_.empty() && !failed_ && !(tiles_.empty() && multiplying_.empty())) {
+    if (!tiles_.empty() && (multiplying_.empty() || chance(2)))
+      land_tile(draw(uint32_t(tiles_.size())));
+    else
+      multiply(draw(uint32_t(multiplying_.size())), chance(2));
+  }
+}
+
 // One of the threads that can go on, null if there is none. By chance, but with runs of turns in one warp whose length
 // differs by launch, from even progress of all warps to one that is far ahead; and now and then one falls asleep, for
 // a time that differs by launch too, up to when nobody else can go on.
 inline Thread* Machine::pick() {
-  while (!tiles_.empty() && (chance(kLandsIn) || (ready_.empty() && sleeping_.empty())))
-    land_tile(draw(uint32_t(tiles_.size())));
+  if (!tiles_.empty() || !multiplying_.empty()) go_on_beside();
+  if (failed_) return nullptr;
   while (!sleeping_.empty() && (ready_.empty() || draw(wake_in_) == 0)) {
     std::swap(sleeping_[draw(uint32_t(sleeping_.size()))], sleeping_.back());
     Thread* thread = sleeping_.back();
@@ -108,6 +120,7 @@ inline void Machine::begin_block(Block* block, int slot, const Grid& grid, int i
   for (Barrier& barrier : block->barriers) barrier = Barrier();
   block->phases.clear(), block->unfenced.clear();
   block->groups.assign(grid.block_size / (4 * kLanes), Warpgroup());
+  for (Warpgroup& group : block->groups) group.block = block;
   block->stores.clear(), block->written.clear();
   block->published = 0;
   block->threads.resize(grid.block_size);
@@ -160,6 +173,7 @@ inline void Machine::run(const Grid& grid) {
   shuffled = seed_ != 0;
   const uint32_t stays[] = {1, 4, 64, 1024}, wakes[] = {100, 10'000, 1'000'000};
   stay_in_ = stays[draw(4)], wake_in_ = wakes[draw(3)];
+  tile_in_ = wakes[draw(3)], product_in_ = wakes[draw(3)];
   const int fit = std::max(1, kMaxThreads / grid.block_size);
   const int slots = int(std::min<int64_t>({grid.blocks, fit, shuffled ? 1 + draw(6) : 2}));
   grid_ = &grid;
@@ -170,7 +184,7 @@ inline void Machine::run(const Grid& grid) {
   last_ = nullptr;
   ready_.clear();
   sleeping_.clear();
-  tiles_.clear();
+  tiles_.clear(), multiplying_.clear();
   left_over_.clear();
   while (int(blocks_.size()) < slots) blocks_.push_back(std::make_unique<Block>());
 
@@ -187,7 +201,7 @@ inline void Machine::run(const Grid& grid) {
   while (alive > 0) {
     leaving_ = &host_;
     current = pick();
-    if (current == nullptr) failed_ = true, failure_ = "no thread can go on:" + where();
+    if (current == nullptr && !failed_) failed_ = true, failure_ = "no thread can go on:" + where();
     if (!failed_) switch_fiber(host_, current->fiber);
     if (failed_) break;
     for (int slot = 0; slot < slots; ++slot) {

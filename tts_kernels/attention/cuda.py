@@ -81,8 +81,10 @@ def config_of(q: Tensor, k_cache: Tensor) -> TreeConfig:
             return native.cuda_tree_hopper_shared_bytes(head_dim, stages) <= shared_bytes
         return native.cuda_tree_attention_shared_bytes(head_dim, stages, fp8) <= shared_bytes
 
-    warpgroups = runs_warpgroups(q.device) and native.cuda_tree_hopper_shared_bytes(head_dim, 2) > 0
-    return cuda_tree_config(name, head_dim, k_cache.shape[2], k_cache.element_size(), q.shape[1], fits, warpgroups)
+    def has_warpgroups() -> bool:
+        return runs_warpgroups(q.device) and native.cuda_tree_hopper_shared_bytes(head_dim, 2) > 0
+
+    return cuda_tree_config(name, head_dim, k_cache.shape[2], k_cache.element_size(), q.shape[1], fits, has_warpgroups)
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def cuda_tree_config(
     kv_bytes: int,
     num_q_heads: int,
     fits: Callable[[int, int], bool],
-    has_warpgroups: bool = False,
+    has_warpgroups: Callable[[], bool] = lambda: False,
 ) -> TreeConfig:
     """Of the kernels of csrc/cuda: what was measured on the device (`cuda` of a row), else a rule. Results depend on
     the chunks and on `warpgroups`, and on nothing else of it.
@@ -190,7 +190,7 @@ def cuda_tree_config(
         raise ValueError(
             f"{values['source']}: warpgroups: no such kernels are for heads of {head_dim} and KV of {kv_bytes} bytes"
         )
-    if not has_warpgroups:
+    if values.get("warpgroups") and not has_warpgroups():
         values["warpgroups"] = 0
     # As much KV on the way as there is room for: two blocks at least, as one of them is worked on.
     most = (3,) if values.get("warpgroups") else (4, 3)
