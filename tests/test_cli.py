@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tts_kernels
 from tts_kernels import cli
 
 transformers = pytest.importorskip("transformers")
@@ -196,6 +197,19 @@ def test_doctor_says_what_the_cuda_kernels_were_built_for(native, told, monkeypa
     monkeypatch.setattr(cuda, "native", native)
     assert cli.main(["doctor"]) == 0
     assert f"cuda kernels  {told}\n" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"tts-kernels {tts_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([name, "--help"])
+    assert exit.value.code == 0 and f"usage: tts-kernels {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, status", [(["--help"], 0), ([], 2), (["fly"], 2)])

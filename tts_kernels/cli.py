@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from importlib import import_module
+
+from ._version import __version__
 
 COMMANDS = {
     "cost": "what a query costs: N candidates and their verifier, part by part, with and without sharing (a model)",
@@ -14,6 +16,15 @@ COMMANDS = {
     "profile": "run one query for real: wall time and bytes by part, beside their ceilings, stock, paged and ours",
     "report": "what queries cost, as one HTML page of figures and tables that needs no network",
     "tune": "search the kernels' configs on this GPU, and write what was measured to a table",
+}
+MODULES = {  # with `add_arguments` and `main`
+    "cost": "cost.command",
+    "demo": "demo",
+    "doctor": "doctor",
+    "economics": "cost.economics_command",
+    "profile": "profile.command",
+    "report": "cost.report_command",
+    "tune": "measure.tune",
 }
 
 
@@ -29,71 +40,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tts-kernels", description="Kernels for test-time scaling over shared KV.")
+    parser.add_argument("--version", action="version", version=f"tts-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if argv[:1] == [name]:
             try:
-                command.set_defaults(run=globals()[f"_{name}"](command))
+                module = import_module(f".{MODULES[name]}", __package__)
+                module.add_arguments(command)
             except ModuleNotFoundError as error:
                 if error.name not in ("transformers", "tqdm"):
                     raise
                 print(f"tts-kernels {name}: {error}; pip install 'tts-kernels[transformers]'", file=sys.stderr)
                 return 1
+            command.set_defaults(run=module.main)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         print(f"tts-kernels {args.command}: {error}", file=sys.stderr)
         return 1
-
-
-def _cost(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from .cost import command
-
-    command.add_arguments(parser)
-    return command.main
-
-
-def _economics(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from .cost import economics_command
-
-    economics_command.add_arguments(parser)
-    return economics_command.main
-
-
-def _demo(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from . import demo
-
-    demo.add_arguments(parser)
-    return demo.main
-
-
-def _doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from . import doctor
-
-    return lambda args: doctor.main()
-
-
-def _profile(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from .profile import command
-
-    command.add_arguments(parser)
-    return command.main
-
-
-def _report(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from .cost import report_command
-
-    report_command.add_arguments(parser)
-    return report_command.main
-
-
-def _tune(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    from .measure import tune
-
-    tune.add_arguments(parser)
-    return tune.main
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
@@ -15,7 +16,11 @@ from ._version import __version__
 from .attention.api import BACKENDS
 
 
-def main() -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def main(args: argparse.Namespace) -> int:
     print("versions")
     for name, version in versions().items():
         print(f"  {name:14}{version or 'not installed'}")
