@@ -87,10 +87,9 @@ class ScoringCase:
 
     def told(self, given: ScoringSet, ceilings: dict) -> dict:
         op = "token_logprobs" if self.kind == "logprobs" else "step_scores"
-        names = scoring.api.BACKENDS.preferred(torch.device(self.device))
         tensors = given.hidden, given.lm_head if self.kind == "logprobs" else given.positions
-        backend = next(name for name in names if not scoring.unsupported_reasons(op, name, *tensors))
-        return {"backend": backend, "why": "by preference", "config": "", "bytes_moved": self.least_bytes,
+        told = scoring.explain(op, *tensors)
+        return {"backend": told.backend, "why": told.why, "config": told.config, "bytes_moved": self.least_bytes,
                 "issued_flops": self.flops}  # fmt: skip
 
 

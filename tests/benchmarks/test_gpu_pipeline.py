@@ -18,6 +18,7 @@ pytest.importorskip("tts_kernels.measure.compiling", exc_type=ImportError)
 from benchmarks.gpu import __main__ as pipeline  # noqa: E402
 from benchmarks.gpu import cases, page, record, report, stages  # noqa: E402
 from benchmarks.gpu.bench import all_cases  # noqa: E402
+from tts_kernels import configs  # noqa: E402
 
 STAR = "4/2 d16 fp32 star n=3 prefix=32 suffix=20"
 IN_BENCH = "import sys\nif 'benchmarks.gpu.bench' in sys.orig_argv:\n"
@@ -69,12 +70,15 @@ def short_table(done):
 
 
 def test_the_whole_pipeline(tmp_path):
-    done, written = run(tmp_path, "--stages", "build compile test sanitize bench models")
+    done, written = run(tmp_path, "--stages", "build compile test sanitize bench models tune")
     assert done.returncode == 0, done.stdout + done.stderr
     record.check(written)
     status = {name: stage["status"] for name, stage in written["stages"].items()}
     assert set(status.values()) == {"passed"}
-    assert list(status) == ["build", "compile", "test", "sanitize", "bench", "models"]
+    assert list(status) == ["build", "compile", "test", "sanitize", "bench", "models", "tune"]
+    told = "\n".join(written["stages"]["tune"]["lines"])
+    for op in configs.KEYS:
+        assert f"{op}, " in told and (tmp_path / "results" / "tables" / configs.table_name(op, "interpreter")).exists()
     decode = written["stages"]["models"]["decode"][0]
     assert set(decode["methods"]) == {"ours", "not shared", "stock"} and decode["methods"]["ours"]["eager_s"] > 0
     assert "2 Triton kernels for sm_90" in written["stages"]["compile"]["lines"][0]

@@ -1,6 +1,7 @@
 """`tts-kernels tune` under the interpreter, whose times mean nothing: the table, what is skipped, what reads it."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 from types import SimpleNamespace
@@ -8,22 +9,28 @@ from types import SimpleNamespace
 import emulated
 import pytest
 import torch
+from pretend_gpu import PretendGpu
 
 import tts_kernels as tts
-from tts_kernels import configs
+from tts_kernels import configs, scoring
 from tts_kernels.attention import api, tables
 from tts_kernels.configs import TreeConfig, tree_config
 from tts_kernels.measure.inputs import Geometry
+from tts_kernels.measured import row_on
 
 tune = pytest.importorskip("tts_kernels.measure.tune", exc_type=ImportError)
+tune_ops = pytest.importorskip("tts_kernels.measure.tune_ops", exc_type=ImportError)
 backend = pytest.importorskip("tts_kernels.attention.triton", exc_type=ImportError)
+logprobs = pytest.importorskip("tts_kernels.scoring.triton", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not backend.INTERPRETED, reason="runs on CPU tensors under Triton's interpreter")
 
 GEOMETRY = Geometry.parse("2/1 d16 fp32")
+WIDTH = tune_ops.Width.parse("d40 V300 fp32")
 
 
-def arguments(folder):
-    return argparse.Namespace(geometry=[GEOMETRY], out=folder, small=True, jobs=1)
+def arguments(folder, op=("tree_attention",), **other):
+    options = {"geometry": [GEOMETRY], "width": [WIDTH], "out": folder, "small": True, "jobs": 1, "seconds": None}
+    return argparse.Namespace(op=list(op), **options | other)
 
 
 def test_a_table_is_written_and_read(tmp_path, capsys, monkeypatch):
@@ -66,9 +73,10 @@ def test_the_cuda_kernels_are_searched_where_they_run(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "native", emulated.native())
     monkeypatch.setattr(cuda, "device_kind", lambda device: ("interpreter", 227 << 10))
     half = Geometry.parse("2/1 d16 fp16")
-    assert tune.main(argparse.Namespace(geometry=[half], out=tmp_path, small=True, jobs=1)) == 0
+    assert tune.main(arguments(tmp_path, geometry=[half])) == 0
     (row,) = json.loads(next(tmp_path.iterdir()).read_text())["rows"]
-    assert set(row["cuda"]) == {"min_chunk", "max_chunks", "num_stages"} and row["cuda"]["num_stages"] in (2, 3, 4)
+    assert set(row["cuda"]) == {"min_chunk", "max_chunks", "num_stages", "warpgroups"}
+    assert row["cuda"]["num_stages"] in (2, 3, 4) and row["cuda"]["warpgroups"] == 0
     assert set(row["cuda_seconds"]) == set(tune.SMALL.trees) and set(row["backends"]) >= {"cuda", "triton", "cpu"}
     assert row["backend"] == min(row["backends"], key=row["backends"].get)
     monkeypatch.setenv("TTS_KERNELS_CONFIGS", str(tmp_path))
@@ -92,7 +100,7 @@ def test_a_wrong_config_is_never_timed(tmp_path, monkeypatch, capsys):
     (row,) = json.loads(next(tmp_path.iterdir()).read_text())["rows"]
     assert row["config"]["narrow_tokens"] == 32
     assert any("narrow_tokens=16" in name and "wrong result" in why for name, why in row["skipped"].items())
-    assert "wrong result of" in capsys.readouterr().err
+    assert "wrong result of triton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -169,4 +177,156 @@ def test_no_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="there is no GPU here to tune for"):
-        tune.main(SimpleNamespace(geometry=None, out=None, small=False, jobs=1))
+        tune.main(SimpleNamespace(op=None, geometry=None, width=None, out=None, small=False, jobs=1, seconds=None))
+
+
+# --- the other ops
+
+
+@pytest.fixture
+def as_a_gpu(monkeypatch):
+    """Of a device with the name under which the interpreter's tables are written; what was looked up is forgotten."""
+    row_on.cache_clear()
+    logprobs.config_of.cache_clear()
+    with PretendGpu(name="interpreter"):
+        yield
+    row_on.cache_clear()
+    logprobs.config_of.cache_clear()
+
+
+def test_every_op_has_a_table_that_decides(tmp_path, monkeypatch, as_a_gpu, capsys):
+    assert tune.main(arguments(tmp_path, tune_ops.OPS)) == 0  # under the interpreter, on the CPU
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(tune_ops.OPS)
+    tables_of = {path.name.partition(",")[0]: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert set(tables_of) == set(tune_ops.OPS)
+    for op, table in tables_of.items():
+        (row,) = table["rows"]
+        assert table["op"] == op and set(configs.KEYS[op]) <= set(row) and row["searched"] >= 2
+        assert row["backend"] == min(row["backends"], key=row["backends"].get) and "triton" in row["backends"]
+        assert not row["skipped"] and set(row["measured"]) == {"date", "tts_kernels", "torch", "triton"}
+        row["backend"] = "reference"  # which no order begins with
+        (tmp_path / configs.table_name(op, "interpreter")).write_text(json.dumps(table))
+    assert tables_of["token_logprobs"]["rows"][0]["searched"] >= 5
+    assert set(tables_of["token_logprobs"]["rows"][0]["config"]) == set(vars(configs.LogprobConfig(*[64] * 5, 1))) - {
+        "source"
+    }
+
+    def leading(dim, heads):
+        hidden, weight = torch.empty(5, dim, device="cuda"), torch.empty(300, dim, device="cuda")
+        k, cache = torch.empty(5, 1, heads, device="cuda"), torch.empty(3, 16, 1, heads, device="cuda")
+        return {
+            "token_logprobs": (hidden, weight), "step_scores": (hidden, hidden), "verify": (hidden, hidden),
+            "append_kv": (k, k, cache, cache), "merge_states": (torch.empty(2, 5, 2, heads, device="cuda"),),
+        }  # fmt: skip
+
+    for folder, dim, heads, measured_here in (("", 40, 16, False), (tmp_path, 40, 16, True), (tmp_path, 48, 32, False)):
+        monkeypatch.setenv("TTS_KERNELS_CONFIGS", str(folder))
+        row_on.cache_clear()
+        for op, tensors in leading(dim, heads).items():
+            family = scoring.api.BACKENDS if op in scoring.api.BACKENDS.ops else api.BACKENDS
+            assert (family.order(op, *tensors)[0] == "reference") == measured_here, op
+            assert family.order(op, *tensors)[-1] == ("triton" if measured_here else "reference")
+    # The row's name, or that it was the order.
+    assert "the first of cuda, triton" in scoring.explain("verify", *leading(48, 32)["verify"]).why
+    told = scoring.explain("verify", *leading(40, 16)["verify"])
+    assert told.why == "measured fastest here (step_scores,device_name=interpreter.json, dim 40, bytes 4)"
+    assert str(told).startswith("reference: measured fastest here") and not told.refused and not told.config
+    # The tiles too.
+    device = torch.device("cuda", 0)
+    assert logprobs.config_of(device, 40, 300, 4) == configs.LogprobConfig(
+        **tables_of["token_logprobs"]["rows"][0]["config"]
+    )
+    assert logprobs.config_of(device, 40, 300, 4).source.endswith("dim 40, vocabulary 300, bytes 4")
+    assert logprobs.config_of(device, 40, 301, 4).source == "rule"
+    with pytest.raises(ValueError, match="op: expected one of step_scores"):
+        scoring.explain("tree_attention", torch.empty(1))
+
+
+def test_tiles_that_are_wrong_or_do_not_fit_are_not_timed(tmp_path, monkeypatch, capsys):
+    right, seen = logprobs.token_logprobs, []
+
+    def broken(hidden, weight, targets, bias):
+        config = logprobs.config_of(hidden.device, hidden.shape[1], weight.shape[0], 4)
+        seen.append(config)
+        if config.tokens == 64 and config.tile_tokens == 64:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return right(hidden, weight, targets, bias) + (config.tokens == 32)
+
+    monkeypatch.setattr(logprobs, "token_logprobs", broken)
+    assert tune.main(arguments(tmp_path, ["token_logprobs"])) == 1
+    assert "token_logprobs, d40 V300 fp32: wrong result of triton rows=64 tokens=32" in capsys.readouterr().err
+    (row,) = json.loads(next(tmp_path.iterdir()).read_text())["rows"]
+    assert row["config"]["tokens"] == 64 and row["config"]["tile_tokens"] > 64
+    reasons = {why for text, why in row["skipped"].items() if "tokens=64" in text}
+    assert reasons == {"out of resource: shared memory"} and len(row["skipped"]) == 2
+    assert {(c.tokens, c.tile_tokens) for c in seen} == {(64, 2048), (32, 2048), (64, 64), (64, 128)}
+
+
+@pytest.mark.parametrize("op, broken", [("append_kv", "append_kv"), ("merge_states", "merge_states")])
+def test_a_backend_that_is_wrong_is_not_taken(tmp_path, monkeypatch, op, broken, capsys):
+    """A key that is not written, a merged row that is off."""
+    cpu = importlib.import_module("tts_kernels.attention.cpu")
+    right = getattr(cpu, broken)
+
+    def wrong(*given):
+        if op == "append_kv":
+            slots = given[4].clone()
+            slots[-1] = -1
+            return right(*given[:4], slots, *given[5:])
+        out, lse = right(*given)
+        out[-1, -1] *= 1.5
+        return out, lse
+
+    monkeypatch.setattr(cpu, broken, wrong)
+    assert tune.main(arguments(tmp_path, [op])) == 1
+    (row,) = json.loads(next(tmp_path.iterdir()).read_text())["rows"]
+    assert row["backend"] == "triton" and "wrong result" in row["skipped"]["cpu"]
+    assert f"{op}, 2/1 d16 fp32: wrong result of cpu on " in capsys.readouterr().err
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path, capsys):
+    """The first of all is searched in any case: no time is known yet."""
+    widths = [tune_ops.Width.parse(text) for text in ("d40 V300 fp32", "d24 V300 fp32")]
+    assert tune.main(arguments(tmp_path, ["merge_states", "step_scores"], width=widths, seconds=1e-3)) == 0
+    out = capsys.readouterr().out
+    assert "step_scores, d24 V300 fp32: not searched" in out and out.count("not searched") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["merge_states,device_name=interpreter.json"]
+
+
+@pytest.mark.parametrize("text", ["d40", "40 V300", "d40 V300 fp8", "d40 V300 bf16 x", "dx V1"])
+def test_widths(text):
+    with pytest.raises(ValueError, match='width: expected text like "d3584 V152064"'):
+        tune_ops.Width.parse(text)
+    assert str(WIDTH) == "d40 V300 fp32" and str(tune_ops.Width.parse("d40 V300")) == "d40 V300"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rows": 48}, "rows: expected a power of two, got 48"),
+        ({"tile_tokens": 96}, "tile_tokens: expected a multiple of tokens = 64, got 96"),
+        ({"num_stages": 0}, "num_stages: expected at least 1, got 0"),
+    ],
+)
+def test_tiles_that_no_kernel_has(change, message):
+    fields = dataclasses.asdict(configs.logprob_config("", 64, 100, 4))
+    with pytest.raises(ValueError, match=message):
+        configs.LogprobConfig(**fields | change)
+
+
+def test_warpgroups_are_searched_where_there_are_some(monkeypatch):
+    if emulated.missing():
+        pytest.skip(emulated.missing())
+    cuda = importlib.import_module("tts_kernels.attention.cuda")
+    monkeypatch.setattr(cuda, "native", emulated.native())
+    cpu = torch.device("cpu")
+    found = {text: tune.has_warpgroups(Geometry.parse(text), cpu) for text in
+             ("8/2 d128", "8/2 d64", "8/2 d256", "8/2 d128 bf16+fp8")}  # fmt: skip
+    assert found == {"8/2 d128": True, "8/2 d64": True, "8/2 d256": False, "8/2 d128 bf16+fp8": False}
+    monkeypatch.setattr(cuda, "runs_warpgroups", lambda device: False)
+    assert not tune.has_warpgroups(Geometry.parse("8/2 d128"), cpu)
+    (fields,) = [fields for fields in tune.FULL.cuda_rounds if "warpgroups" in fields]
+    base = configs.cuda_tree_config("", 128, 2, 2, 8, lambda *_: True, True)
+    assert {(c.warpgroups, c.num_stages) for c in tune.variants(base, fields)} == {
+        (w, s) for w in (0, 1) for s in (2, 3, 4)
+    }

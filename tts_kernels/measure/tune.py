@@ -1,17 +1,19 @@
-"""`tts-kernels tune`: the fastest config of tree_attention for each geometry on this device, searched among explicit
-ones for each backend that has some, which backend is the fastest, and from where on sharing pays; written to a table
-that tts_kernels/configs reads."""
+"""`tts-kernels tune`: for each op that has a table and each geometry, what is the fastest on this device: written to
+tables that tts_kernels/configs reads. Here is the search of tree_attention: its configs among explicit ones for each
+backend that has some, which backend is the fastest, and from where on sharing pays. The other ops' is in tune_ops."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +30,7 @@ from tts_kernels.ceilings import best_time
 from tts_kernels.configs import TreeConfig
 from tts_kernels.tree.plan import TreePlan
 
+from . import tune_ops
 from .inputs import Geometry, Inputs, Tree, error, lone, star, tolerance
 from .timing import cache_bytes, capture, interleave, set_count, synchronize
 
@@ -43,7 +46,8 @@ class Search:
             arithmetic
     rounds  of the triton kernels: values of some fields: all combinations, the other fields as in the best of the
             round before
-    cuda_rounds  the same of the cuda kernels, whose tiles are what they were compiled for
+    cuda_rounds  the same of the cuda kernels, whose tiles are what they were compiled for. A round with `warpgroups` is
+            for where there are such kernels
     sharing (n, prefix) pairs, each once shared and once not: from how many saved tokens on sharing pays
     """
 
@@ -68,7 +72,11 @@ FULL = Search(
         {"narrow_tokens": (32, 64, 128), "num_stages": (2, 3, 4)},
         {"min_chunk": (128, 256, 512, 1024), "max_chunks": (8, 16, 32, 64)},
     ),
-    ({"min_chunk": (128, 256, 512, 1024), "max_chunks": (8, 16, 32, 64)}, {"num_stages": (2, 3, 4)}),
+    (
+        {"min_chunk": (128, 256, 512, 1024), "max_chunks": (8, 16, 32, 64)},
+        {"num_stages": (2, 3, 4)},
+        {"warpgroups": (0, 1), "min_chunk": (256, 512, 1024), "num_stages": (2, 3, 4)},
+    ),
     tuple((n, prefix) for n in (2, 4, 8) for prefix in (128, 256, 512, 1024)),
     256,
     9,
@@ -76,7 +84,7 @@ FULL = Search(
 SMALL = Search(
     {"N=2 P=64 S=8": star(2, 64, 8)},
     ({"narrow_tokens": (16, 32)}, {"min_chunk": (64, 128)}),
-    ({"num_stages": (2, 3)},),
+    ({"num_stages": (2, 3)}, {"warpgroups": (0, 1), "min_chunk": (128,)}),
     ((2, 32),),
     8,
     2,
@@ -85,10 +93,20 @@ SMALL = Search(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--op", action="append", choices=(OP, *tune_ops.OPS), help="several times for several (default: all)"
+    )
+    parser.add_argument(
         "--geometry", action="append", type=Geometry.parse, metavar="HEADS",
         help=f'query and KV heads, head_dim and dtypes: "32/8 d128", "32/8 d128 bf16+fp8"; several times for several '
         f"(default: {', '.join(GEOMETRIES)})",
     )  # fmt: skip
+    parser.add_argument(
+        "--width", action="append", type=tune_ops.Width.parse, metavar="SIZES",
+        help=f'of verifiers: hidden states and vocabulary: "d64 V300 fp32" (default: {", ".join(tune_ops.WIDTHS)})',
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, help="start nothing that may take longer than what is left of them (default: no limit)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the table (default: the package's own)")
     parser.add_argument("--small", action="store_true", help="a few configs on small trees: whether it works")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: %(default)s)")
@@ -97,30 +115,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not backend.INTERPRETED and not torch.cuda.is_available():
         raise RuntimeError("there is no GPU here to tune for")
-    device = torch.device("cpu" if backend.INTERPRETED else "cuda")
+    device = torch.device("cpu") if backend.INTERPRETED else torch.device("cuda", torch.cuda.current_device())
     name, _ = backend.device_kind(device)
-    search = SMALL if args.small else FULL
-    folder = args.out or Path(configs.__file__).parent
-    path = folder / configs.table_name(OP, name)
-    wrong = False
-    for geometry in args.geometry or map(Geometry.parse, GEOMETRIES):
+    folder, wrong, written = args.out or Path(configs.__file__).parent, [], []
+    begin, longest = time.perf_counter(), {}
+    for op, geometry in todo(args):
         start = time.perf_counter()
-        row, failed = tune(geometry, search, device, args.jobs)
+        left = args.seconds - (start - begin) if args.seconds else math.inf
+        if longest.get(op, 0.0) > left:
+            print(f"{op}, {geometry}: not searched, {left:.0f} s are left", flush=True)
+            continue
+        if op == OP:
+            row, failed = tune(geometry, SMALL if args.small else FULL, device, args.jobs)
+        else:
+            ahead = functools.partial(compiled_ahead, device=device, jobs=args.jobs or 1)
+            row, failed = tune_ops.tune(tune_ops.OPS[op], geometry, device, name, args.small, ahead)
+        path = folder / configs.table_name(op, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, name, row)  # after each: an interrupted search has done something
-        gain = statistics.geometric_mean(row["before"][tree] / row["seconds"][tree] for tree in row["seconds"])
-        skipped = len(row["skipped"])
-        print(
-            f"{geometry}: {gain:.2f}x over {row['before_source']}; backend {row['backend']}, sharing from "
-            f"{row['least_saving']} tokens saved; {row['searched']} configs, {skipped} skipped, "
-            f"{time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-        for text in failed:
-            print(f"{geometry}: wrong result of {text}", file=sys.stderr)
-        wrong |= bool(failed)
-    print(f"wrote {path}")
-    return int(wrong)
+        write(path, op, name, row | {"measured": now()})  # after each: an interrupted search has done something
+        written += [path] if path not in written else []
+        taken = time.perf_counter() - start
+        longest[op] = max(longest.get(op, 0.0), taken)
+        print(f"{op}, {geometry}: {summary(row)}, {taken:.0f} s", flush=True)
+        wrong += [f"{op}, {geometry}: wrong result of {text}" for text in failed]
+    for text in wrong:
+        print(text, file=sys.stderr)
+    for path in written:
+        print(f"wrote {path}")
+    return int(bool(wrong))
+
+
+def todo(args: argparse.Namespace) -> list[tuple[str, Geometry | tune_ops.Width]]:
+    """First what is quick, so that a time limit leaves something of each op."""
+    heads = args.geometry or [Geometry.parse(text) for text in GEOMETRIES]
+    widths = args.width or [tune_ops.Width.parse(text) for text in tune_ops.WIDTHS]
+    ops = args.op or [*tune_ops.OPS, OP]
+    return [(op, g) for op in ops for g in (widths if op in tune_ops.OPS and tune_ops.OPS[op].by_width else heads)]
+
+
+def summary(row: dict) -> str:
+    parts = []
+    if "before" in row:
+        # Both are triton's, whichever backend is the fastest.
+        gain = statistics.geometric_mean(row["before"][point] / row["seconds"][point] for point in row["seconds"])
+        parts.append(f"{gain:.2f}x over {row['before_source']}")
+    parts.append(f"backend {row['backend']}")
+    if "least_saving" in row:
+        parts.append(f"sharing from {row['least_saving']} tokens saved")
+    return f"{'; '.join(parts)}; {row['searched']} configs, {len(row['skipped'])} skipped"
+
+
+def now() -> dict[str, str]:
+    versions = {"tts_kernels": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    return {"date": time.strftime("%Y-%m-%d")} | versions
+
+
+def compiled_ahead(calls: list[Callable[[], None]], device: torch.device, jobs: int) -> None:
+    """What the calls would launch, side by side, before the first launch; what fails here says why at its launch."""
+    if backend.INTERPRETED or not calls:
+        return
+    from .compiling import compile_ahead, recorded_launches, target_of
+
+    with recorded_launches() as launches:
+        for call in calls:
+            call()
+    compile_ahead(launches, target_of(backend.device_kind(device)[1]), jobs)
 
 
 def tune(geometry: Geometry, search: Search, device: torch.device, jobs: int | None) -> tuple[dict, list[str]]:
@@ -130,7 +189,10 @@ def tune(geometry: Geometry, search: Search, device: torch.device, jobs: int | N
     trials, configs_of = {"triton": trial}, {"triton": best}
     cuda = Trial("cuda", geometry, search, device, jobs or 1)
     if not cuda.missing():
-        trials["cuda"], configs_of["cuda"] = cuda, cuda.find(search.cuda_rounds)[1]
+        rounds = [
+            fields for fields in search.cuda_rounds if "warpgroups" not in fields or has_warpgroups(geometry, device)
+        ]
+        trials["cuda"], configs_of["cuda"] = cuda, cuda.find(rounds)[1]
     backends = trial.other_backends(trials)
     for name, of in trials.items():
         backends[name] = statistics.geometric_mean(of.seconds[configs_of[name]].values())
@@ -151,17 +213,19 @@ def tune(geometry: Geometry, search: Search, device: torch.device, jobs: int | N
         "backends": backends,
         "searched": sum(len(of.seconds) for of in trials.values()),
         "skipped": {text: why for of in trials.values() for text, why in of.skipped.items()},
-        "measured": {
-            "date": time.strftime("%Y-%m-%d"),
-            "tts_kernels": __version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
     }
     if "cuda" in trials:
         row["cuda"] = {name: getattr(configs_of["cuda"], name) for fields in FULL.cuda_rounds for name in fields}
         row["cuda_seconds"] = cuda.seconds[configs_of["cuda"]]
     return row, [text for of in trials.values() for text in of.wrong]
+
+
+def has_warpgroups(geometry: Geometry, device: torch.device) -> bool:
+    """Whether csrc/cuda/hopper has kernels for it that run here."""
+    cuda = api.BACKENDS.load("cuda")
+    if geometry.cache_dtype.itemsize != 2 or not cuda.runs_warpgroups(device):
+        return False
+    return cuda.native.cuda_tree_hopper_shared_bytes(geometry.head_dim, 2) > 0
 
 
 def present_config(module: ModuleType, geometry: Geometry, device: torch.device) -> TreeConfig:
@@ -205,7 +269,7 @@ class Trial:
         q, cache = sample(self.geometry, self.device)
         return api.BACKENDS.unsupported_reasons(OP, self.name, q, cache, cache)
 
-    def find(self, rounds: tuple[dict, ...]) -> tuple[TreeConfig, TreeConfig]:
+    def find(self, rounds: Sequence[dict]) -> tuple[TreeConfig, TreeConfig]:
         """The config that is taken now, and the best."""
         best = before = present_config(api.BACKENDS.load(self.name), self.geometry, self.device)
         for fields in rounds:
@@ -330,10 +394,10 @@ def describe(config: TreeConfig) -> str:
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if name != "source")
 
 
-def write(path: Path, device_name: str, row: dict) -> None:
+def write(path: Path, op: str, device_name: str, row: dict) -> None:
     """The row in place of an older one of its geometry; whole or not at all."""
-    table = json.loads(path.read_text()) if path.exists() else {"op": OP, "device": device_name, "rows": []}
-    key = ("num_q_heads", "num_kv_heads", "block_dim", "q_bytes", "kv_bytes")
+    table = json.loads(path.read_text()) if path.exists() else {"op": op, "device": device_name, "rows": []}
+    key = configs.KEYS[op]
     rows = [old for old in table["rows"] if any(old[k] != row[k] for k in key)]
     table["rows"] = sorted([*rows, row], key=lambda r: [r[k] for k in key])
     part = path.with_name(f".{path.name}.part")

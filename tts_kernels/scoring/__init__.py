@@ -3,6 +3,7 @@
 from tts_kernels.dispatch import unsupported_reasons
 
 from .api import aggregate, select, step_scores, token_logprobs, verify
+from .explain import explain
 from .heads import ScoreHead
 from .results import Selection, StepScores
 
@@ -11,6 +12,7 @@ __all__ = [
     "Selection",
     "StepScores",
     "aggregate",
+    "explain",
     "select",
     "step_scores",
     "token_logprobs",
