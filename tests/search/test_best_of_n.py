@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 from search_fakes import FakePolicy, FakeVerifier, nothing_is_held, texts
@@ -43,11 +44,30 @@ def test_majority_without_a_verifier():
     assert result.choice == 0 and math.isnan(result.chosen.score) and result.chosen.steps == ()
     assert result.cost.verifier_tokens == 0
     assert run(majority, [r"\boxed{5}", r"\boxed{6}", r"\boxed{6}", r"\boxed{5}"]).choice == 0  # first voter
-    assert run(majority, ["none", "none"]).choice == -1
 
 
 def test_majority_with_a_verifier():
     assert run(majority, ANSWERS, [0.1, 0.9, 0.9, 0.2, 0.9]).choice == 3
+
+
+@pytest.mark.parametrize("search, scores", [(majority, None), (majority, [0.1, 0.2]), (weighted_vote, [0.1, 0.2])])
+def test_a_vote_without_answers_says_so(search, scores):
+    """Once, and at the line that called; what the default looks for is told."""
+    with pytest.warns(UserWarning, match="boxed") as warned:
+        assert run(search, ["is #42", "is #7"], scores).chosen is None
+    (warning,) = warned
+    assert str(warning.message) == (
+        "answer: expected a function that finds an answer in some of 2 candidates, got boxed, which finds none: "
+        f"{search.__name__} chooses nothing"
+    )
+    assert warning.filename == __file__
+    with pytest.warns(UserWarning, match="got <lambda>, which finds none"):
+        run(search, ["is #42", "is #7"], scores, answer=lambda text: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(search, ["is #42", r"\boxed{1}"], scores).choice == 1
+        assert run(search, ["is #42", "is #7"], scores, answer=lambda text: text[-1]).chosen is not None
+        assert run(best_of_n, ["is #42", "is #7"], [0.1, 0.2]).choice == 1
 
 
 def test_answers_by_a_function():

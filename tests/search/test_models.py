@@ -226,13 +226,21 @@ def test_bad_input_of_one_search(policy, verifier):
     for until, error in (("", ValueError), (3, TypeError)):
         with pytest.raises(error, match=r"^until: expected a string that is not empty, or None, got "):
             dvts(policy, verifier, QUESTION, width=1, expand=1, until=until)
-    with pytest.raises(TypeError, match="seeds"):
-        best_of_n(policy, verifier, QUESTION, n=1, seeds=3)
+    known = "max_new_tokens, temperature, top_p, top_k, seed, reduce, answer, canonical, progress"
+    for name, call in {
+        "best_of_n": lambda **more: best_of_n(policy, verifier, QUESTION, n=1, **more),
+        "weighted_vote": lambda **more: weighted_vote(policy, verifier, QUESTION, n=1, **more),
+        "majority": lambda **more: majority(policy, QUESTION, n=1, **more),
+        "beam_search": lambda **more: beam_search(policy, verifier, QUESTION, width=1, expand=1, **more),
+        "dvts": lambda **more: dvts(policy, verifier, QUESTION, width=1, expand=1, **more),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name}: expected its own arguments and {known}, got seeds$"):
+            call(seeds=3)
 
 
 def test_a_stock_model_agrees(policy):
     """majority of one greedy sample is what stock generate says."""
-    result = majority(policy, QUESTION, n=1, temperature=0, max_new_tokens=20)
+    result = majority(policy, QUESTION, n=1, temperature=0, max_new_tokens=20, answer=str)
     model = models.build("qwen2")
     ids = policy.tokenizer(QUESTION, return_tensors="pt").input_ids
     ends = transformers.GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=models.ENDS, pad_token_id=0)

@@ -79,7 +79,7 @@ class Query:
         options = {"max_new_tokens": max_new_tokens, "temperature": self.temperature, "seed": self.seed,
                    "progress": False}  # fmt: skip
         if n == 1:
-            return majority(policy, self.question, n=1, **options)
+            return majority(policy, self.question, n=1, answer=str, **options)  # all of its text
         return best_of_n(policy, verifier, self.question, n=n, **options)
 
 

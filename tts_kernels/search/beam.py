@@ -73,7 +73,7 @@ def beam_search(
     parameters = {"width": width, "expand": expand, "depth": depth, "stop": list(stops),
                   "filter_duplicates": filter_duplicates}  # fmt: skip
     size = width * expand
-    with Run(policy, verifier, question, options, total=depth, unit="step") as run:
+    with Run("beam_search", policy, verifier, question, options, total=depth, unit="step") as run:
         active, ended = [run.root], []
         for iteration in range(1, depth + 1):
             parents = [active[i % len(active)] for i in range(size)]
@@ -90,7 +90,7 @@ def beam_search(
                 break
         order = run.best(ended, len(ended))
         unscored = [i for i in range(len(ended)) if i not in set(order)]
-        return run.result("beam_search", [ended[i] for i in [*order, *unscored][:size]], parameters)
+        return run.result([ended[i] for i in [*order, *unscored][:size]], parameters)
 
 
 def dvts(
@@ -123,7 +123,7 @@ def dvts(
     if until is not None and not (isinstance(until, str) and until):
         fail("until", "a string that is not empty, or None", repr(until), ValueError if until == "" else TypeError)
     parameters = {"width": width, "expand": expand, "depth": depth, "stop": list(stops), "until": until}
-    with Run(policy, verifier, question, options, total=depth, unit="step") as run:
+    with Run("dvts", policy, verifier, question, options, total=depth, unit="step") as run:
         last: list[list[Beam]] = [[] for _ in range(width)]  # of each tree, what was sampled below its tip
         tips = dict.fromkeys(range(width), run.root)  # of the trees that go on
         for iteration in range(1, depth + 1):
@@ -140,7 +140,7 @@ def dvts(
             run.bar.update()
             if not tips:
                 break
-        return run.result("dvts", [beam for tree in last for beam in tree], parameters)
+        return run.result([beam for tree in last for beam in tree], parameters)
 
 
 def _first_of_equal_text(beams: list[Beam]) -> list[Beam]:

@@ -33,7 +33,8 @@ def weighted_vote(policy: Policy, verifier: Verifier, question: str, *, n: int, 
     Chosen is its best-scored candidate. As in search-and-learn (src/sal/utils/math.py: answers in canonical form, the
     first of those that tie), but a candidate without an answer votes for nothing where it votes for "" there, the
     canonical form is plain text where sympy simplifies there, and the aggregate is that of `reduce` where it is
-    always "last" there. `answer` and `canonical` take other functions.
+    always "last" there. `answer` and `canonical` take other functions. Where `answer` finds none in any candidate
+    nothing is chosen, and a warning says so.
     """
     return _sample(policy, verifier, question, n, "weighted_vote", "weighted_vote", options)
 
@@ -50,9 +51,9 @@ def majority(policy: Policy, question: str, *, n: int, verifier: Verifier | None
 
 def _sample(policy, verifier, question, n, name, choose, options) -> SearchResult:
     check_int("n", n, 1)
-    with Run(policy, verifier, question, options, total=n, unit="candidate") as run:
+    with Run(name, policy, verifier, question, options, total=n, unit="candidate") as run:
         candidates = run.grow([run.root] * n, stop=None)
         run.keep([])
         if verifier is not None:
             run.judge_whole(candidates)
-        return run.result(name, candidates, {"n": n}, choose=choose)
+        return run.result(candidates, {"n": n}, choose=choose)

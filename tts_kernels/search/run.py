@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,10 +93,14 @@ class Run:
     """
 
     def __init__(
-        self, policy: Policy, verifier: Verifier | None, question: str, options: Mapping[str, Any], *, total: int,
-        unit: str,
+        self, method: str, policy: Policy, verifier: Verifier | None, question: str, options: Mapping[str, Any], *,
+        total: int, unit: str,
     ):  # fmt: skip
-        self.options = Options(**options)
+        known = [option.name for option in fields(Options)]
+        for name in options:
+            if name not in known:
+                fail(method, f"its own arguments and {', '.join(known)}", name, TypeError)
+        self.method, self.options = method, Options(**options)
         self.policy, self.verifier = policy, verifier
         self.question = check_text("question", question)
         self.reduce = self.options.reduce or (verifier.recipe.aggregate if verifier is not None else None)
@@ -204,9 +209,7 @@ class Run:
             groups = torch.arange(0, len(beams) + 1, size)
             return select(_scores(beams), group_offsets=groups, method="best").indices[:, 0].tolist()
 
-    def result(
-        self, method: str, beams: Sequence[Beam], parameters: Mapping[str, Any], *, choose: str = "best"
-    ) -> SearchResult:
+    def result(self, beams: Sequence[Beam], parameters: Mapping[str, Any], *, choose: str = "best") -> SearchResult:
         """The record, the choice among `beams` made by `choose`: a method of `select`."""
         with self.clock("select"):
             answers = [self._answer(beam) for beam in beams]
@@ -214,7 +217,10 @@ class Run:
             if beams:
                 # Without a verifier votes count alike.
                 scores = torch.zeros(len(beams)) if self.verifier is None else _scores(beams)
-                votes = None if choose == "best" else torch.tensor(vote_groups(answers, self.options.canonical))
+                votes = None
+                if choose != "best":
+                    self._warn_without_answers(answers)
+                    votes = torch.tensor(vote_groups(answers, self.options.canonical))
                 choice = int(select(scores, method=choose, answers=votes).indices[0, 0])
         candidates = [
             Candidate(beam.text, beam.steps, beam.step_scores, beam.score, answer, beam.reason, beam.tokens)
@@ -227,7 +233,7 @@ class Run:
             self.encoded + (self.session.tokens_encoded if self.session is not None else 0),
             *self.seconds.values(), time.perf_counter() - self.begin,
         )  # fmt: skip
-        return SearchResult(self.question, method, tuple(candidates), choice, self.options.seed, given, cost)
+        return SearchResult(self.question, self.method, tuple(candidates), choice, self.options.seed, given, cost)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -246,6 +252,15 @@ class Run:
         if answer is not None and not isinstance(answer, str):
             fail("answer", "a function that returns a string or None", repr(answer), TypeError)
         return answer
+
+    def _warn_without_answers(self, answers: Sequence[str | None]) -> None:
+        if all(answer is None for answer in answers):
+            name = getattr(self.options.answer, "__name__", self.options.answer)
+            warnings.warn(
+                f"answer: expected a function that finds an answer in some of {len(answers)} candidates, got {name}, "
+                f"which finds none: {self.method} chooses nothing",
+                stacklevel=5,  # where the vote was called
+            )
 
     def _sampled(self, sampled: int, going: int) -> None:
         self.tokens += sampled
