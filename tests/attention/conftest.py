@@ -1,7 +1,7 @@
 import attention_paths as paths
 import pytest
-import torch
 from attention_cases import one_thread
+from fresh_memory import nan_in_fresh_memory  # noqa: F401
 
 
 @pytest.fixture(params=paths.available(), ids=str)
@@ -13,12 +13,3 @@ def path(request, monkeypatch):
         return
     with one_thread():
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    """torch.empty hands out NaN, so that what a kernel forgets to write does not pass by luck."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)

@@ -11,6 +11,7 @@ import emulated
 import pytest
 import scoring_cases as cases
 import torch
+from fresh_memory import nan_in_fresh_memory  # noqa: F401
 from scoring_cases import BF16, FP16, FP32, Case, ScoringPath
 
 from tts_kernels.scoring import ScoreHead, aggregate, select, step_scores, token_logprobs, unsupported_reasons, verify
@@ -33,14 +34,6 @@ def backend():
 def path(request, monkeypatch):
     request.param.select(monkeypatch)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import scoring_cases as cases
-import torch
+from fresh_memory import nan_in_fresh_memory  # noqa: F401
 
 
 @pytest.fixture(params=cases.available(), ids=str)
@@ -9,15 +9,6 @@ def path(request, monkeypatch):
     """Each backend, and each CPU code path of it, that can run here."""
     request.param.select(monkeypatch)
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    """torch.empty hands out NaN, so that what a kernel forgets to write does not pass by luck."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

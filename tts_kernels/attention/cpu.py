@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tts_kernels import _C
+from tts_kernels.addresses import address, strided
 from tts_kernels.tree.plan import TreePlan
 
 from .cast import to_cache_dtype
@@ -52,16 +53,16 @@ def tree_attention(
 ):  # fmt: skip
     num_rows, num_heads, head_dim = q.shape
     _C.cpu_tree_attention(
-        _strided(out),
-        0 if lse is None else lse.data_ptr(),
-        _strided(q),
-        _strided(k_cache),
-        _strided(v_cache),
+        strided(out),
+        address(lse),
+        strided(q),
+        strided(k_cache),
+        strided(v_cache),
         (nodes.data_ptr(), pages.data_ptr(), rows.data_ptr()),
         (num_rows, num_heads, k_cache.shape[2], head_dim, nodes.shape[1], page_size),
-        _address(sinks),
-        _address(k_scale),
-        _address(v_scale),
+        address(sinks),
+        address(k_scale),
+        address(v_scale),
         window,
         causal,
         scale,
@@ -114,7 +115,7 @@ def append_kv(k, v, k_cache, v_cache, slots, rope=None):
     k, v = to_cache_dtype(k, k_cache.dtype), to_cache_dtype(v, v_cache.dtype)
     element = k_cache.element_size()
     shape = (k.shape[0], k.shape[1], k_cache.shape[1], k.shape[2] * element, element)
-    _C.cpu_append_kv(_strided(k), _strided(v), _strided(k_cache), _strided(v_cache), slots.data_ptr(), shape)
+    _C.cpu_append_kv(strided(k), strided(v), strided(k_cache), strided(v_cache), slots.data_ptr(), shape)
 
 
 def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,12 +128,3 @@ def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         torch.get_num_threads(),
     )  # fmt: skip
     return merged_out, merged_lse
-
-
-def _strided(x: Tensor) -> tuple[int, ...]:
-    """Address and strides, in elements, of all dimensions but the last, which is dense."""
-    return (x.data_ptr(), *x.stride()[:-1])
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tts_kernels import nvidia
+from tts_kernels.addresses import address, strided
 from tts_kernels.configs import WARPGROUP_TOKENS, TreeConfig, cuda_tree_config
 from tts_kernels.nvidia import place
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, ROWS_END, TreePlan
@@ -212,12 +213,3 @@ def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         (lse.data_ptr(), *lse.stride()), (num_states, num_rows, num_heads, head_dim), DTYPES[out.dtype],
     )  # fmt: skip
     return merged_out, merged_lse
-
-
-def strided(x: Tensor) -> tuple[int, ...]:
-    """Address and strides, in elements, of all dimensions but the last, which is dense."""
-    return (x.data_ptr(), *x.stride()[:-1])
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

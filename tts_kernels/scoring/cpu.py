@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tts_kernels import _C
+from tts_kernels.addresses import address
 
 from .results import one_group
 
@@ -44,7 +45,7 @@ def logits(
         positions.data_ptr(),
         _matrix(w1),
         _matrix(w2),
-        [_address(x) for x in vectors],
+        [address(x) for x in vectors],
         (out.shape[0], hidden.shape[1], w2.shape[1], out.shape[1]),
         ACTIVATIONS[act],
         norm_eps,
@@ -89,7 +90,7 @@ def select(
         selected.data_ptr(),
         scores.data_ptr(),
         group_offsets.data_ptr(),
-        _address(answers),
+        address(answers),
         (num_groups, k),
         METHODS[method],
     )
@@ -104,7 +105,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         out.data_ptr(),
         _matrix(hidden),
         _matrix(weight),
-        _address(bias),
+        address(bias),
         targets.data_ptr(),
         (hidden.shape[0], hidden.shape[1], weight.shape[0]),
         torch.get_num_threads(),
@@ -119,7 +120,3 @@ def _matrix(x: Tensor | None) -> tuple[int, int, int]:
 
 def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

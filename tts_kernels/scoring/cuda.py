@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tts_kernels.addresses import address
 from tts_kernels.nvidia import captures, place, reasons_of
 
 from .results import REDUCES
@@ -194,7 +195,3 @@ def matrix(x: Tensor) -> tuple[int, int, int]:
 
 def vector(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype])
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
