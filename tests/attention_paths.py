@@ -117,7 +117,8 @@ def invariant() -> list:
 
 
 def of_warpgroups(config: TreeConfig, q: torch.Tensor, k_cache: torch.Tensor) -> TreeConfig:
-    """The config with the kernel of csrc/cuda/hopper, where there is one."""
+    """The config with the kernel of csrc/cuda/hopper, where there is one; of two stages and of three."""
     if q.shape[2] not in (64, 128) or k_cache.dtype != q.dtype:
         return config
-    return replace(config, warpgroups=1, num_stages=min(config.num_stages, 3), min_chunk=max(config.min_chunk, 128))
+    stages = 2 if q.shape[2] == 128 else 3
+    return replace(config, warpgroups=1, num_stages=stages, min_chunk=max(config.min_chunk, 128))

@@ -184,7 +184,7 @@ def test_writing_a_plan_waits_for_nothing(path):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.cuda._sleep(10**8)
+        torch.cuda._sleep(10**9)  # half a second: other processes may use the cores meanwhile
         held = torch.cuda.Event()
         held.record()
         write_twice()
