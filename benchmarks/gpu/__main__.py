@@ -4,6 +4,7 @@ that was asked for passed, or was skipped for a reason that it names."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -75,6 +76,8 @@ def main() -> int:
     if not (found["gpu"] or given.dry):
         print("error: torch sees no GPU here; --dry shows on a CPU whether everything works", file=sys.stderr)
         return 1
+    if not given.dry:
+        run = dataclasses.replace(run, arch=found["device"]["arch"])
     commit = machine.commit()
     record = {
         "kind": records.KIND,

@@ -66,6 +66,9 @@ def main() -> int:
 
         ceilings = measure_ceilings(device, chosen)
         write({"ceilings": ceilings})
+        # What imports made is not looked at again: collecting would take a tenth of a second, several times a case.
+        gc.collect()
+        gc.freeze()
         for case in cases:
             write({"begin": case.name})
             start = time.perf_counter()

@@ -189,7 +189,8 @@ class TreeSet:
     def dense(self, paths: list[list[int]]) -> list[Tensor]:
         """k and v [len(paths), Hkv, T, D]: the tokens of each path, contiguous."""
         slots = torch.stack([self.inputs.slots(path) for path in paths])
-        return [x.transpose(1, 2).contiguous() for x in self.inputs.gather(self.which, slots)]
+        caches = self.k_cache, self.v_cache  # one after the other: a copy may fill a third of the memory
+        return [cache.flatten(0, 1)[slots].transpose(1, 2).contiguous() for cache in caches]
 
     @property
     def prefix(self) -> list[Tensor]:

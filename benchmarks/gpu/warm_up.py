@@ -33,7 +33,11 @@ def main() -> int:
     peers = []
     if not given.arch:
         dims = sorted({str(g.head_dim) for g in geometries})
-        modules = (["benchmarks.peers.flashinfer", *dims], ["benchmarks.gpu.bench", "--grid", given.grid, "--compile"])
+        modules = (
+            ["benchmarks.peers.flashinfer", *dims],
+            ["benchmarks.gpu.bench", "--grid", given.grid, "--compile"],
+            ["benchmarks.gpu.sanitized"],  # launches each kernel on odd shapes: it would compile them one by one later
+        )
         # Processes of their own: the compilers below are forks, which threads would endanger.
         peers = [subprocess.Popen([sys.executable, "-m", *module]) for module in modules]
         launches += kernels_without_configs(arch)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -191,6 +192,60 @@ def test_a_job_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
     assert done.timed_out and time.monotonic() - start < 30
     result = stages.judge(stages.Result(), done, "slow")
     assert result.status == "timed out" and result.lines == ["slow: ran out of its time"]
+
+
+class FakeJob:
+    """Ends at once; `outputs` by name of the job."""
+
+    outputs: ClassVar[dict] = {}
+    seen: ClassVar[dict] = {}
+
+    def __init__(self, run, name, command, **environment):
+        self.name = name
+        self.seen[name] = environment
+
+    def wait(self, end):
+        code, output = self.outputs.get(self.name, (0, ""))
+        return stages.Done(code, False, output)
+
+
+@pytest.mark.parametrize(
+    "arch, nvcc, asked, wanted",
+    [("sm_90", True, None, "90a"), ("sm_89", True, None, "89"), ("sm_90", True, "80 90a", None),
+     ("sm_90", False, None, None), ("gfx942", True, None, None), ("", True, None, None)],
+)  # fmt: skip
+def test_what_the_build_is_for(arch, nvcc, asked, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "Job", FakeJob)
+    monkeypatch.setattr(stages.shutil, "which", lambda *_, **__: "nvcc" if nvcc else None)
+    monkeypatch.delenv("TTS_KERNELS_CUDA_ARCHS", raising=False)
+    if asked:
+        monkeypatch.setenv("TTS_KERNELS_CUDA_ARCHS", asked)
+    assert stages.build(stages.Run(False, "full", tmp_path, arch), time.monotonic() + 5).status == "passed"
+    assert FakeJob.seen["build"] == ({"TTS_KERNELS_CUDA_ARCHS": wanted} if wanted else {})
+
+
+REFUSED = (1, "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer to the docs\n")
+CLEAN = (0, "0 wrong results\n========= ERROR SUMMARY: 0 errors\n")
+RACE = (9, "========= RACECHECK SUMMARY: 2 hazards displayed\n")
+
+
+@pytest.mark.parametrize(
+    "memcheck, racecheck, status, line",
+    [
+        (CLEAN, CLEAN, "passed", "memcheck: ERROR SUMMARY: 0 errors"),
+        (REFUSED, REFUSED, "skipped", "racecheck: compute-sanitizer does not support this device here"),
+        (CLEAN, RACE, "failed", "racecheck: exit status 9"),
+    ],
+)
+def test_what_the_sanitizers_say(memcheck, racecheck, status, line, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "Job", FakeJob)
+    monkeypatch.setattr(stages.shutil, "which", lambda *_: "compute-sanitizer")
+    monkeypatch.setattr(FakeJob, "outputs", {"sanitize-memcheck": memcheck, "sanitize-racecheck": racecheck})
+    result = stages.sanitize(stages.Run(False, "full", tmp_path), time.monotonic() + 5)
+    assert result.status == status and line in result.lines
+    monkeypatch.setattr(FakeJob, "outputs", {"sanitize": (1, "wrong: x"), "sanitize-memcheck": REFUSED,
+                                             "sanitize-racecheck": REFUSED})  # fmt: skip
+    assert stages.sanitize(stages.Run(False, "full", tmp_path), time.monotonic() + 5).status == "failed"
 
 
 def test_shards_together_run_every_test_once(tmp_path, monkeypatch):
