@@ -70,6 +70,14 @@ def test_window_does_not_know_levels():
     torch.testing.assert_close(results[2], results[0], rtol=1e-5, atol=1e-6)
 
 
+def test_none_is_no_window_and_no_softcap():
+    case = replace(CUTS[0], window=-1, softcap=None)
+    cascade = cascade_of(case)
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(case.levels, torch.empty(0))
+    wrapper.plan(**cascade.arguments(), **{**options(cascade, case), "window_left": None})
+    check(cascade, case, Path("reference"), wrapper)
+
+
 def test_no_rows_and_no_tokens():
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, torch.empty(0))
     for rows, expected in ((0, (0, 2, 64)), (3, (3, 2, 64))):

@@ -1,10 +1,11 @@
-"""FlashInfer's cascade attention, by its names, on one tree.
+"""FlashInfer's paged decode and cascade attention, by its names, on one tree.
 
     from tts_kernels.integrations import flashinfer   # in place of `import flashinfer`
 
-`MultiLevelCascadeAttentionWrapper`, `merge_state`, `merge_state_in_place` and `merge_states` take what FlashInfer's
-take; FlashInfer itself is not needed. All levels are one `tree_attention` call instead of a call and a merge for each,
-and nothing is rounded between them.
+`BatchDecodeWithPagedKVCacheWrapper`, `MultiLevelCascadeAttentionWrapper`, `append_paged_kv_cache`, `merge_state`,
+`merge_state_in_place` and `merge_states` take what FlashInfer's take; FlashInfer itself is not needed. A decode batch
+reads pages that its requests share once: they are found from equal leading page ids. All levels of a cascade are one
+`tree_attention` call instead of a call and a merge for each, and nothing is rounded between them.
 
 Where the results differ from FlashInfer's, on purpose:
 
@@ -13,7 +14,7 @@ Where the results differ from FlashInfer's, on purpose:
 - `merge_state_in_place` updates `s` and `v` whatever their dtype and strides. FlashInfer's update of an `s` that is not
   float32 goes to a copy.
 - A state is empty where s is -inf or +inf. Two empty ones merge to v = 0, s = -inf, not to NaN.
-- A segment without pages has no tokens, whatever its last_page_len says.
+- A segment or a request without pages has no tokens, whatever its last_page_len says.
 
 Log-sum-exps have base 2 in this module, as in FlashInfer: s = log2(sum of exp(score)). The rest of the package takes
 and returns natural logarithms.
@@ -27,26 +28,31 @@ import torch
 from torch import Tensor
 
 from tts_kernels import attention
-from tts_kernels.attention.checks import FLOATS, check_number
-from tts_kernels.tree.checks import check_int, check_options, fail
+from tts_kernels.attention.checks import FLOATS
+from tts_kernels.tree.checks import check_int, fail
 
+from .flashinfer_call import LN2, Planned, attend, check_layout, check_tensor, device_of, read_options
+from .flashinfer_decode import BatchDecodeWithPagedKVCacheWrapper
+from .flashinfer_page import append_paged_kv_cache
 from .flashinfer_plan import (
     GraphBuffers,
-    Planned,
     check_same_options,
-    check_tensor,
     check_tensors,
     copy_into,
-    device_of,
     plan_levels,
-    read_dtypes,
     read_levels,
     reserve_pages,
 )
 
-__all__ = ["MultiLevelCascadeAttentionWrapper", "merge_state", "merge_state_in_place", "merge_states"]
+__all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "MultiLevelCascadeAttentionWrapper",
+    "append_paged_kv_cache",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
+]
 
-LN2 = math.log(2.0)
 STATE_FLOATS = (*FLOATS, torch.float64)
 
 
@@ -188,9 +194,7 @@ class MultiLevelCascadeAttentionWrapper:
         """
         self._num_levels = check_int("num_levels", num_levels, 1)
         self._device = device_of("float_workspace_buffer", float_workspace_buffer)
-        if kv_layout not in ("NHD", "HND"):
-            fail("kv_layout", "'NHD' or 'HND'", repr(kv_layout))
-        self._kv_layout = kv_layout
+        self._kv_layout = check_layout(kv_layout)
         self._buffers = None
         if use_cuda_graph:
             self._buffers = GraphBuffers(
@@ -223,7 +227,7 @@ class MultiLevelCascadeAttentionWrapper:
         pos_encoding_mode: str = "NONE",
         use_fp16_qk_reduction: bool = False,
         sm_scale: float | None = None,
-        window_left: int = -1,
+        window_left: int | None = -1,
         logits_soft_cap: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
@@ -247,7 +251,8 @@ class MultiLevelCascadeAttentionWrapper:
             pos_encoding_mode: "NONE". Rotary embeddings are applied to q and k before; there are no ALiBi biases.
             use_fp16_qk_reduction: allows scores in fp16; they are fp32 here all the same.
             sm_scale: multiplies q . k; default 1 / sqrt(head_dim).
-            window_left: a row sees the tokens at most this many positions before its own, across levels; -1: all.
+            window_left: a row sees the tokens at most this many positions before its own, across levels; -1 or None:
+                all.
             logits_soft_cap: bound of the scores; None or a number that is not positive: off.
             rope_scale, rope_theta: of the other encoding modes; without effect.
             q_data_type: of q: float32, float16 or bfloat16, by name or as a torch.dtype. None: float16.
@@ -258,35 +263,31 @@ class MultiLevelCascadeAttentionWrapper:
                 not follow. The plan before it, if there is one, stays in force then.
         """
         arrays = (qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len)
-        if pos_encoding_mode != "NONE":
-            expected = "'NONE' (q and k with rotary embeddings applied before; no ALiBi)"
-            fail("pos_encoding_mode", expected, repr(pos_encoding_mode))
-        num_qo_heads = check_int("num_qo_heads", num_qo_heads, 1)
-        num_kv_heads = check_int("num_kv_heads", num_kv_heads, 1)
-        head_dim = check_int("head_dim", head_dim, 1)
-        if num_qo_heads % num_kv_heads:
-            fail("num_qo_heads", f"a multiple of num_kv_heads = {num_kv_heads}", num_qo_heads)
-        check_options(page_size, causal)
-        q_dtype, kv_dtype = read_dtypes(q_data_type, kv_data_type)
-        sm_scale = 1.0 / math.sqrt(head_dim) if sm_scale is None else check_number("sm_scale", sm_scale)
-        softcap = 0.0 if logits_soft_cap is None else max(0.0, check_number("logits_soft_cap", logits_soft_cap))
-        window_left = check_int("window_left", window_left, -1)
+        options = read_options(
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            causal=causal,
+            pos_encoding_mode=pos_encoding_mode,
+            sm_scale=sm_scale,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            q_data_type=q_data_type,
+            kv_data_type=kv_data_type,
+        )
         levels = read_levels(self._num_levels, page_size, *arrays)
         if self._buffers is not None:
             self._buffers.check_fits(arrays)
-        tree = plan_levels(levels, page_size=page_size, causal=causal, window=window_left, device=self._device)
-        planned = Planned(
-            num_qo_heads, num_kv_heads, head_dim, page_size, causal, sm_scale, window_left, softcap, q_dtype, kv_dtype,
-            tree,
-        )  # fmt: skip
+        tree = plan_levels(levels, page_size=page_size, causal=causal, window=options.window_left, device=self._device)
         if self._buffers is None:
-            self._planned = planned
+            self._planned = Planned(options, tree)
             return
         if self._planned is None:
             reserve_pages(tree, sum(map(len, self._buffers.paged_kv_indices_buf_arr)))
-            self._planned = planned
+            self._planned = Planned(options, tree)
         else:
-            check_same_options(self._planned, planned)
+            check_same_options(self._planned.options, options)
             copy_into(self._planned.tree, tree)
         self._buffers.fill(arrays)
 
@@ -320,44 +321,12 @@ class MultiLevelCascadeAttentionWrapper:
             RuntimeError: plan() has not been called; or `backend` cannot run the call.
             TypeError, ValueError: a wrong argument, by its name, or a q or cache that is not as planned.
         """
-        planned = self._planned
-        if planned is None:
-            raise RuntimeError("run: plan() has to be called before")
-        tree = planned.tree
-        check_tensor(
-            "q", q, "[rows, num_qo_heads, head_dim]", (tree.num_rows, planned.num_qo_heads, planned.head_dim),
-            (planned.q_data_type,), tree.device,
+        return attend(
+            self._planned, self._kv_layout, q, paged_kv_cache, out=out, return_lse=return_lse, k_scale=k_scale,
+            v_scale=v_scale, sinks=sinks, backend=backend,
         )  # fmt: skip
-        k_cache, v_cache = self._caches(paged_kv_cache, planned)
-        result = attention.tree_attention(
-            q, k_cache, v_cache, tree, scale=planned.sm_scale, softcap=planned.logits_soft_cap,
-            window=planned.window_left, sinks=sinks, k_scale=k_scale, v_scale=v_scale, out=out, return_lse=return_lse,
-            backend=backend,
-        )  # fmt: skip
-        return (result[0], result[1] / LN2) if return_lse else result
 
     forward = run
 
     def end_forward(self) -> None:
         """Nothing: FlashInfer's programs call it after the last run() of a plan."""
-
-    def _caches(self, paged_kv_cache: Tensor | tuple[Tensor, Tensor], planned: Planned) -> tuple[Tensor, Tensor]:
-        """K and V as views [num_pages, page_size, num_kv_heads, head_dim]."""
-        if isinstance(paged_kv_cache, Tensor):
-            if paged_kv_cache.dim() != 5 or paged_kv_cache.shape[1] != 2:
-                shape = f"shape {tuple(paged_kv_cache.shape)}"
-                fail("paged_kv_cache", "(k_cache, v_cache) or a tensor [num_pages, 2, ...] of 5 dimensions", shape)
-            caches = paged_kv_cache.unbind(1)
-        elif isinstance(paged_kv_cache, (tuple, list)) and len(paged_kv_cache) == 2:
-            caches = tuple(paged_kv_cache)
-        else:
-            came = f"{len(paged_kv_cache)} of them" if isinstance(paged_kv_cache, (tuple, list)) else paged_kv_cache
-            fail("paged_kv_cache", "(k_cache, v_cache) or a tensor [num_pages, 2, ...]", came, TypeError)
-        page, axes = (planned.page_size, planned.num_kv_heads), "[num_pages, page_size, num_kv_heads, head_dim]"
-        if self._kv_layout == "HND":
-            page, axes = page[::-1], "[num_pages, num_kv_heads, page_size, head_dim]"
-        for name, cache in zip(("k_cache of paged_kv_cache", "v_cache of paged_kv_cache"), caches):
-            num_pages = cache.shape[:1] if isinstance(cache, Tensor) else ()
-            shape = (*num_pages, *page, planned.head_dim)
-            check_tensor(name, cache, axes, shape, (planned.kv_data_type,), planned.tree.device)
-        return caches if self._kv_layout == "NHD" else tuple(cache.transpose(1, 2) for cache in caches)

@@ -1,5 +1,5 @@
-"""What FlashInfer's plan() is given: the levels of a cascade, read and checked, made one tree of KV nodes; and the
-tables that a captured CUDA graph goes on reading."""
+"""What plan() of FlashInfer's cascade is given: the levels, read and checked, made one tree of KV nodes; and the tables
+that a captured CUDA graph goes on reading."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tts_kernels.attention.checks import FLOATS, FP8
 from tts_kernels.attention.work import refresh
 from tts_kernels.tree.checks import INT32_MAX, check_integers, fail
 from tts_kernels.tree.plan import POSITION, TreePlan, build, preorder
+
+from .flashinfer_call import Options, check_tensor
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,17 @@ def read_levels(
         pages = read_pages(f"paged_kv_indices_arr[{i}]", indices, kv_indptr[-1])
         levels.append(Level(qo_indptr, kv_indptr, length, pages))
     return levels
+
+
+def check_tensors(name: str, tensors: Sequence[Tensor], count: int) -> None:
+    """`tensors` is a list or tuple of `count` tensors."""
+    if not isinstance(tensors, (list, tuple)):
+        fail(name, f"a list of {count} tensors, one for each level", type(tensors).__name__, TypeError)
+    if len(tensors) != count:
+        fail(name, f"{count} tensors, one for each level", len(tensors))
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            fail(f"{name}[{i}]", "a tensor", type(tensor).__name__, TypeError)
 
 
 def as_level_tensor(name: str, tensor: Tensor) -> Tensor:
@@ -254,23 +266,6 @@ class GraphBuffers(NamedTuple):
                 buffer[: len(tensor)].copy_(tensor)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What plan() has settled. A captured run has all of it but the tree's tables built in."""
-
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    causal: bool
-    sm_scale: float
-    window_left: int
-    logits_soft_cap: float
-    q_data_type: torch.dtype
-    kv_data_type: torch.dtype
-    tree: TreePlan
-
-
 def reserve_pages(tree: TreePlan, capacity: int) -> None:
     """`tree.pages` with room for `capacity` page ids, and backends make their work lists for any tree in them."""
     used = tree.pages.numel()
@@ -283,8 +278,8 @@ def reserve_pages(tree: TreePlan, capacity: int) -> None:
     tree.most_tokens = capacity * tree.page_size
 
 
-def check_same_options(old: Planned, new: Planned) -> None:
-    for option in [option.name for option in fields(Planned) if option.name != "tree"]:
+def check_same_options(old: Options, new: Options) -> None:
+    for option in [option.name for option in fields(Options)]:
         before, now = getattr(old, option), getattr(new, option)
         if before != now:
             fail(option, f"{before} as in the first plan(), which captured runs have built in", now)
@@ -316,59 +311,3 @@ def copy_into(old: TreePlan, new: TreePlan) -> None:
     for name in ("num_growing", "num_tokens", "capacity", "max_page"):
         setattr(old, name, getattr(new, name))
     refresh(old.works, old)
-
-
-# What both files check.
-
-
-def check_tensor(
-    name: str,
-    tensor: Tensor,
-    axes: str,
-    shape: tuple[int, ...] | None,
-    dtypes: tuple,
-    device: torch.device | None = None,
-) -> None:
-    if not isinstance(tensor, Tensor):
-        fail(name, f"a tensor {axes}", type(tensor).__name__, TypeError)
-    if tensor.dtype not in dtypes:
-        fail(name, "dtype " + " or ".join(map(str, dtypes)), tensor.dtype, TypeError)
-    if tensor.dim() != axes.count(",") + 1 or (shape is not None and tensor.shape != shape):
-        expected = f"a tensor {axes}" + (f" of shape {tuple(shape)}" if shape is not None else "")
-        fail(name, expected, f"shape {tuple(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        fail(name, f"a tensor on {device}", f"one on {tensor.device}")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        fail(name, "a tensor that needs no gradient (there is no backward)", "one with requires_grad=True")
-
-
-def check_tensors(name: str, tensors: Sequence[Tensor], count: int) -> None:
-    """`tensors` is a list or tuple of `count` tensors."""
-    if not isinstance(tensors, (list, tuple)):
-        fail(name, f"a list of {count} tensors, one for each level", type(tensors).__name__, TypeError)
-    if len(tensors) != count:
-        fail(name, f"{count} tensors, one for each level", len(tensors))
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            fail(f"{name}[{i}]", "a tensor", type(tensor).__name__, TypeError)
-
-
-def device_of(name: str, tensor: Tensor) -> torch.device:
-    if not isinstance(tensor, Tensor):
-        fail(name, "a tensor", type(tensor).__name__, TypeError)
-    return tensor.device
-
-
-def read_dtypes(q_data_type: object, kv_data_type: object) -> tuple[torch.dtype, torch.dtype]:
-    q_dtype = read_dtype("q_data_type", torch.float16 if q_data_type is None else q_data_type, FLOATS)
-    if kv_data_type is None:
-        return q_dtype, q_dtype
-    return q_dtype, read_dtype("kv_data_type", kv_data_type, (q_dtype, FP8))
-
-
-def read_dtype(name: str, value: object, allowed: tuple[torch.dtype, ...]) -> torch.dtype:
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if dtype not in allowed:
-        error = ValueError if isinstance(value, (str, torch.dtype)) else TypeError
-        fail(name, "one of " + ", ".join(map(str, allowed)), repr(value), error)
-    return dtype
