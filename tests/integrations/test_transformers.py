@@ -6,6 +6,7 @@ lengths; page_size 4 makes samples reserve pages more than once.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -321,8 +322,11 @@ def test_bad_arguments(model):
         generate(model, ids[:, :0])
     with pytest.raises(ValueError, match="attention_mask"):
         generate(model, ids, attention_mask=torch.ones(1, 4))
-    with pytest.raises(ValueError, match="page_size"):
+    with pytest.raises(ValueError, match=r"^page_size: expected at least 1, got 0"):
         generate(model, ids, page_size=0)
+    with pytest.raises(TypeError, match=r"^page_size: expected an int, got 4.0"):
+        generate(model, ids, page_size=4.0)
+    assert generate(model, ids, page_size=np.int64(4), max_new_tokens=2).shape == (1, 7)
     with pytest.raises(ValueError, match="backend"):
         generate(model, ids, backend="abacus", max_new_tokens=2)
 

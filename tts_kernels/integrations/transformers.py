@@ -57,7 +57,7 @@ def generate(
         result's `past_key_values` is the `TreeCache`, which counts its bytes. A model refuses to go on from it.
 
     Raises:
-        TypeError: `model` or `input_ids` is of another kind.
+        TypeError: `model`, `input_ids` or `page_size` is of another kind.
         ValueError: the model or the call cannot run over a shared tree (all reasons are listed; a few can be seen only
             once the model runs), or padding that is not on the left.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..tree.checks import fail
+from ..tree.checks import check_int, fail
 from ..tree.kv_tree import KVTree
 from .transformers_attention import TreeCall, TreeLayer, refuse
 
@@ -89,12 +89,10 @@ class SampleTree(TreeCall):
     def __init__(
         self, lengths: list[int], num_samples: int, width: int, num_layers: int, page_size: int, expected_tokens: int
     ):
-        if type(page_size) is not int or page_size < 1:
-            raise ValueError(f"page_size: expected an int of at least 1, got {page_size!r}")
         super().__init__(num_layers)
         self.lengths, self.num_samples, self.width = lengths, num_samples, width
         self.num_rows = len(lengths) * num_samples
-        self.page_size = page_size
+        self.page_size = page_size = check_int("page_size", page_size, 1)
         self.room = pages_for(min(expected_tokens, FIRST_ROOM), page_size) * page_size  # tokens that each leaf can hold
         self.roots: list[int] = []
         self.leaves: dict[int, int] = {}  # to their number of rows, which is 1
