@@ -15,6 +15,7 @@ import tts_kernels as tts
 from tts_kernels import configs, scoring
 from tts_kernels.attention import api, tables
 from tts_kernels.configs import TreeConfig, tree_config
+from tts_kernels.dispatch import Backends
 from tts_kernels.measure.inputs import Geometry
 from tts_kernels.measured import row_on
 
@@ -240,6 +241,23 @@ def test_every_op_has_a_table_that_decides(tmp_path, monkeypatch, as_a_gpu, caps
     assert logprobs.config_of(device, 40, 301, 4).source == "rule"
     with pytest.raises(ValueError, match="op: expected one of step_scores"):
         scoring.explain("tree_attention", torch.empty(1))
+
+
+@pytest.mark.parametrize("op", tune_ops.OPS)
+def test_the_search_on_a_gpu(op, monkeypatch):
+    """On one that is not there: all tensors are on it, and every way is captured, which refuses what waits."""
+
+    def reasons(family, op, backend, *tensors):
+        return [] if backend in ("cpu", "reference") else ["it is no backend of the CPU, on which all of this runs"]
+
+    monkeypatch.setattr(Backends, "unsupported_reasons", reasons)
+    op = tune_ops.OPS[op]
+    with PretendGpu() as gpu:
+        gpu.properties.L2_cache_size = 1 << 10
+        points = list(op.points(WIDTH if op.by_width else GEOMETRY, torch.device("cuda", 0), True))
+        trial = tune_ops.Trial(op, points, torch.device("cuda", 0), 2)
+        assert trial.best([("cpu", None)]) == ("cpu", None)
+        assert not trial.skipped and not trial.wrong and len(gpu.graphs) == len(points)
 
 
 def test_tiles_that_are_wrong_or_do_not_fit_are_not_timed(tmp_path, monkeypatch, capsys):
