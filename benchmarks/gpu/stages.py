@@ -298,7 +298,7 @@ STAGES = (
     Stage("test", 135, test, "the tests marked gpu"),
     Stage("sanitize", 45, sanitize, "each kernel under compute-sanitizer"),
     Stage("bench", 150, bench, "ceilings, our ops and their peers"),
-    Stage("models", 240, models, "whole-model runs", default=False),
+    Stage("models", 300, models, "whole-model runs", default=False),
     Stage("tune", 500, tune, "tts-kernels tune; tables go to RESULTS/tables", default=False),
 )
 

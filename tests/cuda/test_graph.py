@@ -180,7 +180,9 @@ def test_writing_a_plan_waits_for_nothing(path):
             tree.append(search.leaves)
             tree.plan(dict.fromkeys(search.leaves, 1), into=layers.plan)
 
-    write_twice()  # torch keeps the pinned memory that this takes
+    # Held up here too, so that both writes take pinned memory of their own. Torch keeps it: taking more may wait.
+    torch.cuda._sleep(10**8)
+    write_twice()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
