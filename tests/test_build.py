@@ -200,6 +200,16 @@ def test_cuda_kernels_are_built_and_the_module_is_imported_without_a_driver(cuda
 def test_cuda_architectures_are_chosen(cuda_copy):
     assert build(cuda_copy, TTS_KERNELS_CUDA_ARCHS="90a").returncode == 0
     assert attributes(cuda_copy)["cuda_archs"] == "90a"
+    # Files of a folder that is for one architecture are compiled for it alone, or left out.
+    (cuda_copy / "csrc" / "cuda" / "hopper").mkdir()
+    (cuda_copy / "csrc" / "cuda" / "hopper" / "kernel.cu").write_text(
+        "#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)\n#error\n#endif\n"
+        "__global__ void of_hopper() {}\n"
+    )
+    both = build(cuda_copy, TTS_KERNELS_CUDA_ARCHS="80 90a")
+    assert both.returncode == 0 and "hopper/kernel.cu" in both.stdout
+    without = build(cuda_copy, TTS_KERNELS_CUDA_ARCHS="80")
+    assert without.returncode == 0 and "cuda/kernel.cu" in without.stdout and "hopper" not in without.stdout
     wrong = build(cuda_copy, TTS_KERNELS_CUDA_ARCHS="80 12345")
     assert wrong.returncode != 0
     assert "TTS_KERNELS_CUDA_ARCHS asks for 80 12345: " in wrong.stderr and "compute_12345" in wrong.stderr

@@ -1,6 +1,7 @@
 """benchmarks.static of csrc/cuda: what it reads in nvcc's objects, and that a kernel which breaks a rule or limit is
 named. The kernels are small ones made for this; what the shipped ones compile to is checked by `make static` alone."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,26 @@ def test_broken_rules(found):
             assert broken == ["copies of KV: expected all of 16 bytes (LDGSTS.128), got {16: 1, 8: 1}"]
         else:
             assert not broken
+
+
+# As ptxas writes it, in a line of "ptxas info".
+SERIALIZED = (
+    "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+    "insufficient register resources for the wgmma pipeline in the function '_Z1f'\n"
+)
+
+
+def test_kernels_of_warpgroups(found):
+    kernel = next(kernel for (_, name), kernel in found.items() if "128" in name)
+    (said,) = cuda.COMPLAINT.findall(SERIALIZED)
+    assert said.startswith("(C7510) Potential") and said.endswith("'_Z1f'")
+    none = "products of warpgroups and tile copies: expected HGMMA and UTMALDG, got none"
+    arch = ARCHS["sm_90"]
+    assert cuda.broken_rules("tree_hopper_kernel<BF16, 128>", arch, kernel) == [none]
+    good = dataclasses.replace(kernel, instructions=kernel.instructions | {"HGMMA.64x64x16.F32": 4, "UTMALDG.4D": 1})
+    assert cuda.broken_rules("tree_hopper_kernel<BF16, 128>", arch, good) == []
+    slow = dataclasses.replace(good, complaints=(said,))
+    assert cuda.broken_rules("tree_hopper_kernel<BF16, 128>", arch, slow) == [f"ptxas: {said}"]
 
 
 def test_limits(found, tmp_path):
