@@ -184,7 +184,7 @@ def test_holds():
     (b,) = session.extend([a], ["b"]).nodes
     session.release(a)
     assert session.steps(a) == ["a"]
-    with pytest.raises(ValueError, match=r"nodes\[0\]: expected 1 at most as often as the caller holds it, 1, got 2"):
+    with pytest.raises(ValueError, match=r"nodes\[0\]: expected node 1 at most 1 times, as the caller holds it, got 2"):
         session.release([a, a])
     session.release([a])
     assert session.steps(b) == ["a", "b"]  # a lives by b
@@ -201,7 +201,7 @@ def test_holds():
     for node in (a, b):
         with pytest.raises(ValueError, match=r"nodes\[0\]: expected a node of this session that is not released"):
             session.scores([node])
-    with pytest.raises(ValueError, match="expected 0 at most as often as the caller holds it, 0, got 1"):
+    with pytest.raises(ValueError, match="expected node 0 at most 0 times, as the caller holds it, got 1"):
         session.release(session.root)
     (again,) = session.extend([session.root], ["a"]).nodes
     assert again not in (a, b)
@@ -375,7 +375,7 @@ def test_bad_input():
             ValueError,
             r"steps\[1\]: expected at most 12 tokens",
         ),
-        (lambda: session.release([0]), ValueError, r"nodes\[0\]: expected 0 at most as often as the caller holds it"),
+        (lambda: session.release([0]), ValueError, r"nodes\[0\]: expected node 0 at most 0 times"),
         (lambda: session.release(0.0), TypeError, "nodes: expected a list of ints, got 0.0"),
         (lambda: session.scores([1]), ValueError, r"nodes\[0\]: expected a node of this session"),
         (lambda: verifier.session(3), TypeError, "question: expected a text, got int"),

@@ -168,7 +168,7 @@ class VerifierSession:
         for i, node in enumerate(nodes):
             holds = self._nodes[self._check(f"nodes[{i}]", node)].holds - (node == self.root)
             if times[node] > holds:
-                fail(f"nodes[{i}]", f"{node} at most as often as the caller holds it, {holds}", times[node])
+                fail(f"nodes[{i}]", f"node {node} at most {holds} times, as the caller holds it", times[node])
         for node in nodes:
             self._nodes[node].holds -= 1
             while not (record := self._nodes[node]).holds and not record.children:
