@@ -53,7 +53,7 @@ def test_by_hand(least, inner):
     assert (plan.nodes[PARENT] < torch.arange(plan.num_nodes)).all()
 
 
-@pytest.mark.parametrize("value", [-1, 1.0, True])
-def test_bad_values(value):
-    with pytest.raises(ValueError, match="least_saving: expected an int of at least 0"):
+@pytest.mark.parametrize("value, error, expected", [(-1, ValueError, "at least 0"), (1.0, TypeError, "an int")])
+def test_bad_values(value, error, expected):
+    with pytest.raises(error, match=f"least_saving: expected {expected}"):
         TreePlan.from_block_table(*nested(), page_size=4, least_saving=value)

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from tts_kernels.tree.checks import check_integers, check_options, fail
+from tts_kernels.tree.checks import check_int, check_integers, check_options
 from tts_kernels.tree.plan import TreePlan, build
 from tts_kernels.tree.prefix import DeviceTable, HostTable, shared_runs, worthwhile
 from tts_kernels.tree.room import PlanWithRoom, Room, plan_with_room, room_of
@@ -25,8 +25,7 @@ def plan_of_block_table(
     into: PlanWithRoom | None,
 ) -> TreePlan:
     check_options(page_size, causal)
-    if type(least_saving) is not int or least_saving < 0:
-        fail("least_saving", "an int of at least 0", repr(least_saving))
+    least_saving = check_int("least_saving", least_saving, 0)
     check_integers("block_table", block_table, "[B, max_pages]")
     device = block_table.device
     room = room_of(room, into, page_size=page_size, causal=causal, device=device, pages=max(block_table.numel(), 1))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
 from tts_kernels.tree.checks import check_int, check_options, fail, int_list, is_one, one_or_more
 from tts_kernels.tree.plan import TreePlan, build, int_tensor
-from tts_kernels.tree.room import PlanWithRoom, Room, plan_with_room
+from tts_kernels.tree.room import PlanWithRoom, Room, plan_with_room, room_of
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -208,7 +207,7 @@ class KVTree:
 
         leaves = [r for r, count in zip(records, rows.values()) if count and not r.children] if reserve else []
         missing = [max(0, -(-(r.length + reserve) // self.page_size) - len(r.pages)) for r in leaves]
-        room = self._room(room, into, causal)
+        room = room_of(room, into, page_size=self.page_size, causal=causal, device=self.device, pages=self.num_pages)
         if room is not None:
             level = [1] * len(chosen)
             for i, p in enumerate(parent):
@@ -310,23 +309,6 @@ class KVTree:
         if parent >= 0:
             self._nodes[parent].children += 1
         return node
-
-    def _room(self, room: Room | None, into: PlanWithRoom | None, causal: bool) -> Room | None:
-        """The room that the plan has to keep to."""
-        if into is not None:
-            if room is not None:
-                fail("room", "None beside into, which has one", repr(room))
-            if not isinstance(into, PlanWithRoom):
-                fail("into", "a plan that was made with room", type(into).__name__, TypeError)
-            for name, mine in (("page_size", self.page_size), ("device", self.device), ("causal", causal)):
-                if getattr(into, name) != mine:
-                    fail("into", f"a plan with {name} {mine}", getattr(into, name))
-            return into.room
-        if room is None:
-            return None
-        if not isinstance(room, Room):
-            fail("room", "a Room", type(room).__name__, TypeError)
-        return room if room.pages else replace(room, pages=self.num_pages)
 
     def _take(self, counts: Iterable[int]) -> list[list[int]]:
         """So many pages for each, or OutOfPages and none for any."""

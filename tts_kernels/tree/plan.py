@@ -14,6 +14,7 @@ import torch
 
 from tts_kernels.tree.checks import (
     INT32_MAX,
+    check_int,
     check_nodes,
     check_options,
     check_page_ids,
@@ -89,8 +90,7 @@ class TreePlan:
         Raises TypeError where `n` is no int and ValueError where it is negative or exceeds `capacity`; nothing is
         changed then.
         """
-        if type(n) is not int:
-            fail("n", "an int", repr(n), TypeError)
+        n = check_int("n", n)
         if not 0 <= n <= self.capacity:
             fail("n", f"0 <= n <= capacity = {self.capacity}", n)
         self.nodes[LENGTH].add_(self.grows, alpha=n)

@@ -39,7 +39,7 @@ class Room:
         for name in ("nodes", "rows", "pages", "depth"):
             value = getattr(self, name)
             if value is not None or name in ("nodes", "rows"):
-                check_int(f"room.{name}", value, 1)
+                object.__setattr__(self, name, check_int(f"room.{name}", value, 1))
 
     @property
     def deepest(self) -> int:
