@@ -71,6 +71,9 @@ class Path:
             reasons = attention.unsupported_reasons("tree_attention", self.backend, q)
             if self.warpgroups and torch.cuda.get_device_capability() != (9, 0):
                 reasons = [*reasons, "warpgroups multiply on sm_90 alone"]
+            elif self.warpgroups and not reasons:
+                native = importlib.import_module("tts_kernels._C")
+                reasons = [] if native.cuda_tree_hopper_shared_bytes(64, 2) else ["it was built without sm_90a"]
             return "; ".join(reasons) or None
         if self.isa is None:
             q = torch.empty(0, 1, 16)
