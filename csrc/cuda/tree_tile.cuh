@@ -4,8 +4,8 @@
 // the head's dimensions; its maximum is exact in any order; each element of its output, and the sum of its weights, is
 // one chain of products over all tokens of the chunk, in one order, in one accumulator. The warps that share rows share
 // out the tokens of a block for the scores and the columns of the output, so that no chain is cut. Blocks begin at the
-// same tokens for every tile, and a block or token that a row does not see adds zeros: it changes nothing. Of products of
-// warpgroups (tree_hopper.cuh) all this is true too, but that each of four lanes sums up the weights of its own tokens.
+// same tokens for every tile, and a block or token that a row does not see adds zeros: it changes nothing. Products of
+// warpgroups (tree_hopper.cuh) keep all of this, but for the sum: each of four lanes has that of its own tokens.
 #pragma once
 
 #include "tree_stream.cuh"
