@@ -58,7 +58,7 @@ def run(folder, *arguments, plant=""):
     path = os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--results", str(folder / "results"), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    found = list((folder / "results").glob("*/*.json"))
+    found = [path for path in (folder / "results").glob("*/*.json") if path.parent.name != "tables"]
     return done, json.loads(found[0].read_text()) if found else None
 
 
