@@ -33,19 +33,25 @@ TTS_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Whether the phase of this parity has ended: mbarrier.try_wait.parity, which may take a while to say no. Phase 0 is
-// the first; the one before it has ended from the start.
-TTS_DEVICE bool barrier_try(uint64_t* barrier, uint32_t parity) {
+// Whether the phase of this parity has ended, said at once: mbarrier.test_wait.parity. Phase 0 is the first; the one
+// before it has ended from the start.
+TTS_DEVICE bool barrier_test(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                : "=r"(done)
                : "r"(shared_address(barrier)), "r"(parity)
                : "memory");
   return done != 0;
 }
+// Until it has: mbarrier.try_wait.parity, which may let the thread sleep before it says no, over and over.
 TTS_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  while (!barrier_try(barrier, parity)) {
-  }
+  uint32_t done;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  } while (done == 0);
 }
 
 // What this thread wrote into shared memory, before what the async proxy reads or writes next: fence.proxy.async.

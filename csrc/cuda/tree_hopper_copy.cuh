@@ -57,27 +57,29 @@ class HopperCopy {
         walk_(p.tree, *reinterpret_cast<TreeShared*>(memory)) {}
 
   // All blocks, and behind them one that says that there are no more. What threads copied is told of one block later,
-  // so that it has time to come; sooner where there is nothing else to do.
+  // so that it has time to come; sooner where there is nothing else to do. Boxes tell of themselves by their bytes.
   TTS_DEVICE void run() {
     for (bool more = true; more; turn_.next(p_.tree.num_stages)) {
-      if (!barrier_try(Layout::empty(memory_, turn_.stage), turn_.parity ^ 1)) {
+      if (!barrier_test(Layout::empty(memory_, turn_.stage), turn_.parity ^ 1)) {
         copy_async_wait<0>();
         tell();
         barrier_wait(Layout::empty(memory_, turn_.stage), turn_.parity ^ 1);
       }
       more = walk_.find();
       if (Copying::thread() == 0) shared_.item_of[turn_.stage] = more ? walk_.place() : -1;
-      if (more) {
-        if (p_.box_tokens > 0 && walk_.all_seen())
-          copy_boxes();
-        else
-          copy_pieces();
-        walk_.pass();
-      }
+      const bool boxes = more && p_.box_tokens > 0 && walk_.all_seen();
+      if (boxes)
+        copy_boxes();
+      else if (more)
+        copy_pieces();
+      if (more) walk_.pass();
       copy_async_commit();
       copy_async_wait<1>();
       tell();
-      untold_ = turn_.stage;
+      if (boxes)
+        barrier_arrive(Layout::full(memory_, turn_.stage));
+      else
+        untold_ = turn_.stage;
     }
     copy_async_wait<0>();
     tell();

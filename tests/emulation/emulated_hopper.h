@@ -16,7 +16,7 @@ inline void barrier_arrive(uint64_t* barrier, TTS_SITE("barrier_arrive")) { mach
 inline void barrier_expect(uint64_t* barrier, int bytes, TTS_SITE("barrier_expect")) {
   machine.expect_bytes(site, barrier, bytes);
 }
-inline bool barrier_try(uint64_t* barrier, uint32_t parity, TTS_SITE("barrier_try")) {
+inline bool barrier_test(uint64_t* barrier, uint32_t parity, TTS_SITE("barrier_test")) {
   return machine.has_ended(site, barrier, parity);
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity, TTS_SITE("barrier_wait")) {
