@@ -175,8 +175,8 @@ class TreeTile {
       sync_members();
     }
     if constexpr (Stream::kWarpgroups) {
+      sum_up(weight);  // before: until it is waited for, nobody may read what the product reads
       stream_.template begin_values<T>(out_, weight);
-      sum_up(weight);  // meanwhile
       stream_.end_values(out_, weight);
     } else {
       multiply_values(weight);
