@@ -253,6 +253,11 @@ template <typename T>
 TTS_DEVICE T max(T a, T b) {
   return a < b ? b : a;
 }
+// -0 is less than 0. Of NaN and a number the number, whichever comes first: max.f32.
+template <>
+TTS_DEVICE float max<float>(float a, float b) {
+  return fmaxf(a, b);
+}
 
 // 16 bytes, 16-byte aligned, in any memory.
 TTS_DEVICE Bits128 load_16(const void* p) {

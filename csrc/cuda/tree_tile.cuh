@@ -28,7 +28,8 @@ class TreeTile {
     const float scale = c.k_scale == nullptr ? c.scale : c.scale * c.k_scale[item.kv_head];
     // A negative scale goes into the sign of q. A scale of 0 must not turn the -inf of hidden tokens into NaN.
     const bool flip = scale < 0;
-    factor_ = max(flip ? -scale : scale, 1e-30f);
+    factor_ = flip ? -scale : scale;
+    if (factor_ < 1e-30f) factor_ = 1e-30f;  // and not what `max` makes of NaN
     load_queries(flip ? 0x80008000u : 0u);
     if (c.softcap > 0) {
       cap_from_ = factor_ / c.softcap * (2 * kLog2E);

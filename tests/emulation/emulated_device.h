@@ -228,6 +228,12 @@ template <typename T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+template <>
+inline float max<float>(float a, float b) {
+  if (a != a || b != b) return a != a ? b : a;
+  if (a == b) return std::signbit(a) ? b : a;
+  return a < b ? b : a;
+}
 
 namespace emulation {
 inline void check_aligned_16(const Site& site, const void* p) {
