@@ -308,8 +308,9 @@ TTS_DEVICE Bits128 load_fresh_16(const void* p) {
                : "memory");
   return x;
 }
-// What this thread wrote, and what it was told of behind a barrier, is seen before what it writes next: __threadfence.
-TTS_DEVICE void fence() { __threadfence(); }
+// What this thread wrote, and what it was told of behind a barrier, is seen before what it writes next; and it sees what
+// was before what it has read: fence.acq_rel.gpu. All such fences are not in one order, as those of __threadfence are.
+TTS_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Relaxed atomics on global or shared memory; they return what was there.
 TTS_DEVICE uint32_t atomic_wrap(uint32_t* p, uint32_t last) { return atomicInc(p, last); }  // old >= last ? 0 : old + 1
