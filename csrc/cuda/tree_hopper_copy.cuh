@@ -93,11 +93,13 @@ class HopperCopy {
     untold_ = -1;
   }
 
-  // The copy engine, a box to a thread: tokens of a page, of one panel.
+  // The copy engine, a box to a thread: tokens of a page, of one panel. A warp asks for one box after the other: as many
+  // of them are each warp's.
   TTS_DEVICE void copy_boxes() {
     const TreeAttentionParams& c = p_.tree.call;
     constexpr int kEach = 2 * Layout::kPanels;
-    const int i = Copying::thread(), box = i / kEach, which = i % kEach / Layout::kPanels, panel = i % Layout::kPanels;
+    const int thread = Copying::thread(), i = thread % 32 * Copying::kWarps + thread / 32;
+    const int box = i / kEach, which = i % kEach / Layout::kPanels, panel = i % Layout::kPanels;
     const int token = box * p_.box_tokens;
     if (token >= Layout::kTokens) return;
     const int at = walk_.token() + token, in_pages = p_.tree.by_page_size.divide(at);
@@ -108,8 +110,8 @@ class HopperCopy {
               walk_.page(in_pages), full);
   }
 
-  // 16 bytes to a thread at a time. Tokens that no row of the tile sees are not read, nor are their page ids: zeros
-  // stand for them.
+  // 16 bytes to a thread at a time, the page ids of some steps first, so that they come together. Tokens that no row of
+  // the tile sees are not read, nor are their page ids: zeros stand for them.
   TTS_DEVICE void copy_pieces() {
     const TreeAttentionParams& c = p_.tree.call;
     constexpr int kPieces = kDim / 8, kTokensEach = kCopyThreads / kPieces;
@@ -117,20 +119,24 @@ class HopperCopy {
     const int panel = piece / 8 * Layout::kPanel;
     const uint16_t* k = static_cast<const uint16_t*>(c.k) + walk_.kv_head() * c.k_head + 8 * piece;
     const uint16_t* v = static_cast<const uint16_t*>(c.v) + walk_.kv_head() * c.v_head + 8 * piece;
-#pragma unroll 4
-    for (int step = 0; step < Layout::kTokens / kTokensEach; ++step) {
-      const int token = first + step * kTokensEach, at = walk_.token() + token;
-      const bool valid = walk_.seen(at);
-      int64_t k_offset = 0, v_offset = 0;
-      if (valid) {
-        const int in_pages = p_.tree.by_page_size.divide(at);
-        const int64_t page = walk_.page(in_pages), slot = at - in_pages * c.page_size;
-        k_offset = page * c.k_page + slot * c.k_token;
-        v_offset = page * c.v_page + slot * c.v_token;
+    constexpr int kAhead = 4;
+#pragma unroll 1
+    for (int begin = first; begin < Layout::kTokens; begin += kAhead * kTokensEach) {
+      int page[kAhead], slot[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int at = walk_.token() + begin + i * kTokensEach;
+        const int in_pages = walk_.seen(at) ? p_.tree.by_page_size.divide(at) : 0;
+        page[i] = walk_.seen(at) ? walk_.page(in_pages) : 0;
+        slot[i] = walk_.seen(at) ? at - in_pages * c.page_size : 0;
       }
-      const int to = panel + panel_place(token, piece % 8);
-      copy_async_16(Layout::half(memory_, turn_.stage, 0) + to, k + k_offset, valid);
-      copy_async_16(Layout::half(memory_, turn_.stage, 1) + to, v + v_offset, valid);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int token = begin + i * kTokensEach, to = panel + panel_place(token, piece % 8);
+        const bool valid = walk_.seen(walk_.token() + token);
+        copy_async_16(Layout::half(memory_, turn_.stage, 0) + to, k + page[i] * c.k_page + slot[i] * c.k_token, valid);
+        copy_async_16(Layout::half(memory_, turn_.stage, 1) + to, v + page[i] * c.v_page + slot[i] * c.v_token, valid);
+      }
     }
   }
 
