@@ -10,12 +10,12 @@ namespace tts {
 
 // at: device, stream. plan: nodes, pages, rows. shape: rows, heads, kv heads, head_dim, nodes, page_size, pages. work:
 // table, items that it has places for, scratch, states that it has places for. config: wide rows, min_chunk,
-// max_chunks, stages, warpgroups.
-inline void cuda_tree_attention(std::array<int64_t, 2> at, std::array<int64_t, 3> out, int64_t lse,
-                                std::array<int64_t, 3> q, std::array<int64_t, 4> k, std::array<int64_t, 4> v,
-                                std::array<int64_t, 3> plan, std::array<int64_t, 7> shape, int64_t sinks,
-                                int64_t k_scale, int64_t v_scale, int window, bool causal, float scale, float softcap,
-                                int q_dtype, int kv_dtype, std::array<int64_t, 4> work, std::array<int, 5> config) {
+// max_chunks, stages, warpgroups. Returns what run_cuda_tree_attention does.
+inline int cuda_tree_attention(std::array<int64_t, 2> at, std::array<int64_t, 3> out, int64_t lse,
+                               std::array<int64_t, 3> q, std::array<int64_t, 4> k, std::array<int64_t, 4> v,
+                               std::array<int64_t, 3> plan, std::array<int64_t, 7> shape, int64_t sinks,
+                               int64_t k_scale, int64_t v_scale, int window, bool causal, float scale, float softcap,
+                               int q_dtype, int kv_dtype, std::array<int64_t, 4> work, std::array<int, 5> config) {
   const auto pointer = [](int64_t address) { return reinterpret_cast<void*>(address); };
   const auto ints = [](int64_t address) { return reinterpret_cast<const int32_t*>(address); };
   const auto floats = [](int64_t address) { return reinterpret_cast<float*>(address); };
@@ -44,7 +44,7 @@ inline void cuda_tree_attention(std::array<int64_t, 2> at, std::array<int64_t, 3
   p.num_pages = int32_t(shape[6]), p.warpgroups = config[4] != 0;
   p.by_group = make_divider(c.group()), p.by_page_size = make_divider(c.page_size);
   DeviceGuard device{int(at[0])};
-  run_cuda_tree_attention(p, uintptr_t(at[1]));
+  return run_cuda_tree_attention(p, uintptr_t(at[1]));
 }
 
 }  // namespace tts

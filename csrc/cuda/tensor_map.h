@@ -27,28 +27,53 @@ struct TensorMapRequest {
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 namespace tts {
 
 // The driver's function, which is not linked with: the module can be imported where there is no driver. Null: it has
-// none.
+// none, or none yet.
 inline auto tensor_map_encoder() {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) !=
-        cudaSuccess) {
-      cudaGetLastError();
-      found = nullptr;
-    }
-    if (result != cudaDriverEntryPointSuccess) found = nullptr;
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  return encode;
+  using Encoder = decltype(&cuTensorMapEncodeTiled);
+  static std::atomic<Encoder> known{nullptr};
+  if (const Encoder encode = known) return encode;
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
+  return known = reinterpret_cast<Encoder>(found);
 }
 
-// Whether there can be such a map. The last ones are remembered: a model's caches stay where they are.
+// Makes the context of the current device the thread's. Streams may be under capture.
+inline void bind_context() {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) cudaGetLastError();
+}
+
+inline CUresult encode_tensor_map(const TensorMapRequest& r, TensorMap* made) {
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap), "the driver's");
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return CUDA_ERROR_NOT_INITIALIZED;
+  cuuint64_t extent[4], stride[3];
+  cuuint32_t box[4];
+  const cuuint32_t step[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 4; ++i) extent[i] = cuuint64_t(r.extent[i]), box[i] = cuuint32_t(r.box[i]);
+  for (int i = 0; i < 3; ++i) stride[i] = cuuint64_t(r.stride[i]);
+  return encode(reinterpret_cast<CUtensorMap*>(made),
+                r.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+                const_cast<void*>(r.address), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+// Whether there can be such a map. The last ones are remembered: a model's caches stay where they are. So is what the
+// request lacks, and nothing that only the thread lacks: one that has no context yet may have one later.
 inline bool make_tensor_map(const TensorMapRequest& request, TensorMap* made) {
-  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) == alignof(CUtensorMap), "the driver's");
   struct Known {
     TensorMapRequest request;
     TensorMap map;
@@ -60,24 +85,24 @@ inline bool make_tensor_map(const TensorMapRequest& request, TensorMap* made) {
   std::memset(static_cast<void*>(&r), 0, sizeof r);  // padding too: requests are compared as bytes
   r.address = request.address, r.dtype = request.dtype;
   for (int i = 0; i < 4; ++i) r.extent[i] = request.extent[i], r.box[i] = request.box[i];
-  // Nothing is at a stride of a dimension of one: that may be any number, and the driver wants multiples of 16.
-  for (int i = 0; i < 3; ++i) r.stride[i] = r.extent[i + 1] > 1 ? request.stride[i] : 16;
+  // Nothing is at a stride of a dimension of one, whatever the tensor says: the driver gets that of a dense one.
+  for (int i = 0; i < 3; ++i) {
+    const int64_t dense = i == 0 ? 2 * r.extent[0] : r.stride[i - 1] * r.extent[i];
+    r.stride[i] = r.extent[i + 1] > 1 ? request.stride[i] : (dense + 15) / 16 * 16;
+  }
   Known& place = known[(reinterpret_cast<uintptr_t>(r.address) >> 8) * 0x9e3779b97f4a7c15ull >> 57];
   static_assert(kKnown == 1 << (64 - 57), "the highest bits of the product");
   if (std::memcmp(&place.request, &r, sizeof r) != 0) {
-    cuuint64_t extent[4], stride[3];
-    cuuint32_t box[4];
-    const cuuint32_t step[4] = {1, 1, 1, 1};
-    for (int i = 0; i < 4; ++i) extent[i] = cuuint64_t(r.extent[i]), box[i] = cuuint32_t(r.box[i]);
-    for (int i = 0; i < 3; ++i) stride[i] = cuuint64_t(r.stride[i]);
-    const auto encode = tensor_map_encoder();
-    place.good = encode != nullptr &&
-                 encode(reinterpret_cast<CUtensorMap*>(&place.map),
-                        r.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-                        const_cast<void*>(r.address), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-    place.request = r;
+    std::memset(static_cast<void*>(&place.request), 0, sizeof r);
+    const auto lasts = [](CUresult result) { return result == CUDA_SUCCESS || result == CUDA_ERROR_INVALID_VALUE; };
+    CUresult result = encode_tensor_map(r, &place.map);
+    if (!lasts(result)) {
+      bind_context();
+      result = encode_tensor_map(r, &place.map);
+    }
+    if (!lasts(result)) return false;
+    place.good = result == CUDA_SUCCESS;
+    std::memcpy(static_cast<void*>(&place.request), &r, sizeof r);
   }
   *made = place.map;
   return place.good;

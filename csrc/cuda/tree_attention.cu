@@ -32,19 +32,20 @@ bool takes_hopper(int head_dim) { return kHaveHopper && (head_dim == 64 || head_
   throw std::runtime_error("tree_attention: no kernel is made for this (" + describe(p) + ")");
 }
 
-void run_hopper(const CudaTreeAttentionParams& p, uintptr_t stream) {
+int run_hopper(const CudaTreeAttentionParams& p, uintptr_t stream) {
   const TreeAttentionParams& c = p.call;
   if (!takes_hopper(c.head_dim) || c.kv_dtype != c.q_dtype || p.num_stages > 3 || p.min_chunk % 128 != 0) refuse(p);
 #ifdef TTS_HAVE_HOPPER
   return c.head_dim == 64 ? run_tree_hopper_dim<64>(p, stream) : run_tree_hopper_dim<128>(p, stream);
 #else
   static_cast<void>(stream);
+  return 0;
 #endif
 }
 
 }  // namespace
 
-void run_cuda_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream) {
+int run_cuda_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream) {
   const TreeAttentionParams& c = p.call;
   const bool fp8 = c.kv_dtype == DType::f8e4m3;
   if ((c.q_dtype != DType::f16 && c.q_dtype != DType::bf16) || !(fp8 || c.kv_dtype == c.q_dtype) || c.head_dim < 1 ||
@@ -53,6 +54,7 @@ void run_cuda_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream)
     refuse(p);
   if (p.warpgroups) return run_hopper(p, stream);
   with_dim(c.head_dim, [&](auto dim) { run_tree_attention_dim<decltype(dim)::value>(p, stream); });
+  return 0;
 }
 
 int64_t cuda_tree_attention_shared_bytes(int head_dim, int num_stages, bool fp8) {

@@ -9,8 +9,9 @@
 
 namespace tts {
 
-// On the current device. Throws std::runtime_error for what no kernel is made for, and where the launch fails.
-void run_cuda_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream);
+// On the current device. Throws std::runtime_error for what no kernel is made for, and where the launch fails. Returns
+// how many tokens of KV the copy engine brings at a time, 0 where threads copy.
+int run_cuda_tree_attention(const CudaTreeAttentionParams& p, uintptr_t stream);
 
 // Of shared memory that a block of threads takes.
 int64_t cuda_tree_attention_shared_bytes(int head_dim, int num_stages, bool fp8);
@@ -26,7 +27,7 @@ int64_t tree_attention_shared_bytes_dim(int num_stages, bool fp8);
 // Defined in hopper/ for 64 and 128, which is compiled for sm_90a alone: the same with products of warpgroups, for
 // 16-bit KV of heads of just so many dimensions, of 2 to 3 stages.
 template <int kDim>
-void run_tree_hopper_dim(const CudaTreeAttentionParams& p, uintptr_t stream);
+int run_tree_hopper_dim(const CudaTreeAttentionParams& p, uintptr_t stream);
 template <int kDim>
 int64_t tree_hopper_shared_bytes_dim(int num_stages);
 

@@ -124,7 +124,10 @@ HopperTreeParams with_maps(const CudaTreeAttentionParams& tree) {
   return p;
 }
 
-inline std::string describe(const HopperTreeParams& p) { return describe(p.tree); }
+inline std::string describe(const HopperTreeParams& p) {
+  if (p.box_tokens == 0) return describe(p.tree) + ", pieces";
+  return describe(p.tree) + ", boxes of " + std::to_string(p.box_tokens) + " tokens";
+}
 
 template <typename T, int kDim>
 void launch_tree_hopper(const HopperTreeParams& p, uintptr_t stream, const char* name) {
@@ -136,12 +139,13 @@ void launch_tree_hopper(const HopperTreeParams& p, uintptr_t stream, const char*
 }
 
 template <int kDim>
-void run_tree_hopper_dim(const CudaTreeAttentionParams& tree, uintptr_t stream) {
+int run_tree_hopper_dim(const CudaTreeAttentionParams& tree, uintptr_t stream) {
   const HopperTreeParams p = with_maps<kDim>(tree);
   if (tree.call.q_dtype == DType::f16)
     launch_tree_hopper<F16, kDim>(p, stream, "tree_hopper float16");
   else
     launch_tree_hopper<BF16, kDim>(p, stream, "tree_hopper bfloat16");
+  return p.box_tokens;
 }
 
 template <int kDim>

@@ -14,8 +14,14 @@ RUNTIME = r"""
 enum cudaError_t { cudaSuccess, cudaErrorUnknown };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 enum { cudaEnableDefault };
+#if CUDART_VERSION >= 12050
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult*);
+#else
+cudaError_t cudaGetDriverEntryPoint(const char*, void**, unsigned long long, cudaDriverEntryPointQueryResult*);
+#endif
+cudaError_t cudaGetDevice(int*);
+cudaError_t cudaSetDevice(int);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 """
 DRIVER = r"""
@@ -23,8 +29,8 @@ DRIVER = r"""
 #include <cstdint>
 typedef uint64_t cuuint64_t;
 typedef uint32_t cuuint32_t;
-struct alignas(128) CUtensorMap { uint64_t words[16]; };
-enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE };
+struct alignas(CUDART_VERSION >= 13000 ? 128 : 64) CUtensorMap { uint64_t words[16]; };
+enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_INITIALIZED, CUDA_ERROR_INVALID_CONTEXT };
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
 enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_128B = 3 };
@@ -41,12 +47,14 @@ PROGRAM = r"""
 #include <cstdlib>
 #include <string>
 
-int encoded = 0;
+int encoded = 0, set = 0;
+bool can_bind = false, bound = false;
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
                                 const cuuint64_t* extent, const cuuint64_t* stride, const cuuint32_t* box,
                                 const cuuint32_t* step, CUtensorMapInterleave, CUtensorMapSwizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (!bound) return CUDA_ERROR_INVALID_CONTEXT;
   ++encoded;
   if (rank != 4 || step[0] != 1 || step[3] != 1) std::abort();
   for (int i = 0; i < 3; ++i)
@@ -55,10 +63,22 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
            box[0], box[1], box[2], box[3]}};
   return CUDA_SUCCESS;
 }
+cudaError_t cudaGetDevice(int* device) { return *device = 3, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  ++set;
+  bound = can_bind && device == 3;
+  return bound ? cudaSuccess : cudaErrorUnknown;
+}
+#if CUDART_VERSION >= 12050
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned version, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
+  if (version != 12000) std::abort();
+#else
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** found, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* result) {
+#endif
   if (std::getenv("NO_DRIVER")) return cudaErrorUnknown;
-  if (std::string(name) != "cuTensorMapEncodeTiled" || version != 12000) std::abort();
+  if (std::string(name) != "cuTensorMapEncodeTiled") std::abort();
   *found = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
@@ -73,7 +93,10 @@ int main() {
   TensorMap map, again, other;
   const auto word = [](const TensorMap& m, int i) { return reinterpret_cast<const uint64_t*>(m.opaque)[i]; };
   if (std::getenv("NO_DRIVER")) return make_tensor_map(request, &map);
-  CHECK(make_tensor_map(request, &map) && encoded == 1);
+  // A thread that gets no context yet, and gets one later.
+  CHECK(!make_tensor_map(request, &map) && set == 1 && !make_tensor_map(request, &map) && set == 2);
+  can_bind = true;
+  CHECK(make_tensor_map(request, &map) && encoded == 1 && set == 3);
   CHECK(word(map, 0) == 9 && word(map, 1) == uint64_t(cache[0]) && word(map, 5) == 100 && word(map, 8) == 32768);
   CHECK(word(map, 9) == 64 && word(map, 11) == 16);
   CHECK(make_tensor_map(request, &again) && encoded == 1 && std::memcmp(&map, &again, sizeof map) == 0);
@@ -82,21 +105,24 @@ int main() {
   CHECK(make_tensor_map(request, &other) && encoded == 2 && word(other, 1) == uint64_t(cache[1]));
   request.extent[3] = 101;
   CHECK(make_tensor_map(request, &other) && encoded == 3 && word(other, 5) == 101);
-  // The stride of one head is any number; a wrong one of several is refused, each time.
+  // The stride of one head, and that of one page, are any numbers; a wrong one of several is refused, each time.
   request.extent[1] = 1, request.stride[0] = 7;
-  CHECK(make_tensor_map(request, &other) && word(other, 6) == 16);
-  request.extent[1] = 2;
-  CHECK(!make_tensor_map(request, &other) && !make_tensor_map(request, &other));
+  CHECK(make_tensor_map(request, &other) && word(other, 6) == 256);
+  request.extent[3] = 1, request.stride[2] = -5;
+  CHECK(make_tensor_map(request, &other) && word(other, 6) == 256 && word(other, 8) == 2048 * 16);
+  request.extent[1] = 2, encoded = 0;
+  CHECK(!make_tensor_map(request, &other) && !make_tensor_map(request, &other) && encoded == 1 && set == 3);
   return 0;
 }
 """
 
 
-def test_maps_are_made_once_and_known_by_all_that_they_say(tmp_path):
+@pytest.mark.parametrize("version", [12000, 12050, 13000])
+def test_maps_are_made_once_and_known_by_all_that_they_say(tmp_path, version):
     (tmp_path / "cuda.h").write_text(DRIVER)
     (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
     (tmp_path / "program.cpp").write_text(PROGRAM)
-    command = [*emulated.build.compiler(), "-std=c++17", "-Wall", "-Wno-psabi"]
+    command = [*emulated.build.compiler(), "-std=c++17", "-Wall", "-Wno-psabi", f"-DCUDART_VERSION={version}"]
     command += [f"-I{tmp_path}", f"-I{emulated.build.ROOT / 'csrc'}", "program.cpp", "-o", "program"]
     subprocess.run(command, cwd=tmp_path, check=True)
     for environment in ({}, {"NO_DRIVER": "1"}):

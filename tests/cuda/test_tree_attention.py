@@ -12,7 +12,7 @@ import attention_paths as paths
 import pytest
 import torch
 from attention_cases import BF16, FP8, FP16, FP32, Case
-from forests import Forest, star
+from forests import LAYOUTS, Forest, star
 
 import tts_kernels as tts
 from tts_kernels.attention import cuda
@@ -96,6 +96,20 @@ def tiles_and_stages(path: paths.Path, case: Case) -> None:
             plan.works[key] = dataclasses.replace(with_tiles(work, plan, rows), config=config)
             got = cases.run(inputs, path, plan=plan, caches=caches)
             assert torch.equal(got[0], out) and torch.equal(got[1], lse), f"tiles of {rows} rows, {stages} stages"
+
+
+@pytest.mark.parametrize("page_size, box", [(4, 0), (16, 16), (48, 0), (256, 128)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", paths.available(paths.WARPGROUPS), indirect=True)
+def test_boxes_are_copied_wherever_they_can_be(path, layout, page_size, box, monkeypatch):
+    """Of one KV head, of several; of caches that are halves of one buffer."""
+    run, boxes = cuda.native.cuda_tree_attention, []
+    monkeypatch.setattr(cuda.native, "cuda_tree_attention", lambda *call: boxes.append(run(*call)))
+    for heads in ((6, 2), (3, 1)):
+        case = Case(heads=heads, dtypes=(BF16, BF16), head_dim=128, page_size=page_size, layout=layout)
+        inputs = cases.make_inputs(case, Forest([-1], [300], [2], page_size).place(random.Random(0)))
+        cases.check(inputs, path)
+    assert boxes == [box, box]
 
 
 def stages_that_fit(case: Case, cache: torch.Tensor) -> list[int]:

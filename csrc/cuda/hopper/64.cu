@@ -2,7 +2,7 @@
 
 namespace tts {
 
-template void run_tree_hopper_dim<64>(const CudaTreeAttentionParams&, uintptr_t);
+template int run_tree_hopper_dim<64>(const CudaTreeAttentionParams&, uintptr_t);
 template int64_t tree_hopper_shared_bytes_dim<64>(int);
 
 }  // namespace tts
