@@ -309,7 +309,7 @@ TTS_DEVICE Bits128 load_fresh_16(const void* p) {
   return x;
 }
 // What this thread wrote, and what it was told of behind a barrier, is seen before what it writes next; and it sees what
-// was before what it has read: fence.acq_rel.gpu. All such fences are not in one order, as those of __threadfence are.
+// was before what it has read: fence.acq_rel.gpu. __threadfence would also put all fences in one order.
 TTS_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Relaxed atomics on global or shared memory; they return what was there.
