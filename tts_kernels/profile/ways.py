@@ -24,6 +24,7 @@ from .work import common_prefix
 
 BATCH = 8  # candidates that stock code scores at a time, as search-and-learn does
 WITHIN = 0.02  # of the wall time: how far the sum of the parts may be from it
+TURN = 0.02  # seconds more: another process may have the core between two readings of the clock
 WAYS = {
     "copies": "stock copies: transformers' generate prefills and reads the prompt for each candidate; its verifier "
     f"encodes {BATCH} padded candidates at a time, LM head on every token",
@@ -107,7 +108,7 @@ class Profile:
 def profile(query: Query, way: str, hardware: Hardware, now: Callable[[], float] = time.perf_counter) -> Profile:
     """Runs the query one way: briefly to warm up, then under a clock that reads `now`.
 
-    Raises RuntimeError where the parts do not sum to the wall time within 2%."""
+    Raises RuntimeError where the parts do not sum to the wall time within 2% and a moment."""
     policy, verifier = query.players(way)
     clock, n = Clock(policy.device, now), query.n
     forwards = query.max_new_tokens + (0 if n == 1 else -(-n // verifier.batch_size) if way != "tree" else 1)
@@ -131,7 +132,7 @@ def profile(query: Query, way: str, hardware: Hardware, now: Callable[[], float]
 
 def check_sum(seconds: dict[str, float], wall: float) -> None:
     total = sum(seconds.values())
-    if abs(total - wall) > WITHIN * wall:
+    if abs(total - wall) > WITHIN * wall + TURN:
         raise RuntimeError(f"parts: expected a sum within {WITHIN:.0%} of the wall time {wall:.6g} s, got {total:.6g}")
 
 
