@@ -126,7 +126,7 @@ vllm: .venv-vllm/ready
 
 sglang: .venv-sglang/ready
 	TTS_KERNELS_CUDA_ARCHS= .venv-sglang/bin/python -m pip install -q --no-deps --force-reinstall .
-	.venv-sglang/bin/python -m pytest tests/integrations/test_sglang.py $(ARGS)
+	.venv-sglang/bin/python -m pytest tests/integrations/test_sglang*.py $(ARGS)
 
 .venv-vllm/torch .venv-sglang/torch: .venv-%/torch:
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
