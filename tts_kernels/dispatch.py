@@ -78,7 +78,7 @@ class Backends:
         """The name as registered ops take it: "" stands for "pick by device"."""
         if backend is None:
             return ""
-        if backend not in self.modules:
+        if not isinstance(backend, str) or backend not in self.modules:
             fail("backend", f"None or one of {', '.join(self.modules)}", repr(backend))
         return backend
 
@@ -154,6 +154,10 @@ def metadata(tensors: tuple[Tensor | None, ...], *others: Hashable) -> tuple | N
     """All that checks and the choice of a backend look at, the values in tensors apart. None where the call is not
     `plain`, or a tensor is another type's or a view that says the opposite of its memory."""
     if not plain():
+        return None
+    try:
+        hash(others)
+    except TypeError:  # an argument of a type that is never taken: the checks say so
         return None
     told: list = [others, torch.is_grad_enabled()]
     for x in tensors:

@@ -109,6 +109,7 @@ TREE_ATTENTION = [
     ("out", ValueError, {"out": lambda x: x[:1].expand(3, 4, 32)}, "expanded"),
     ("out", ValueError, {"out": lambda x: x.to("meta")}, "meta"),
     ("backend", ValueError, {"backend": "tirton"}, "'tirton'"),
+    ("backend", ValueError, {"backend": ["cpu"]}, r"\['cpu'\]"),
 ]  # fmt: skip
 
 
@@ -187,6 +188,7 @@ APPEND = [
     ("slots", ValueError, {"slots": torch.tensor([0, -2, 1]), "check": True}, "-2 for row 1"),
     ("slots", ValueError, {"slots": torch.tensor([0, 1, 8]), "check": True}, "8 for row 2"),
     ("backend", ValueError, {"backend": "gpu"}, "'gpu'"),
+    ("backend", ValueError, {"backend": ["cpu"]}, r"\['cpu'\]"),
 ]
 
 
@@ -211,6 +213,7 @@ MERGE = [
     ("lse", ValueError, {"lse": lambda x: x[:, :2]}, r"\(2, 2, 4\)"),
     ("lse", ValueError, {"lse": lambda x: x.to("meta")}, "meta"),
     ("backend", ValueError, {"backend": ""}, "''"),
+    ("backend", ValueError, {"backend": {}}, "{}"),
 ]
 
 
