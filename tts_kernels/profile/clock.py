@@ -30,7 +30,14 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._cuda, self._device, self._now = torch.device(device).type == "cuda", device, now
         self._open: list[Span] = []
+        self._first: float | None = None
         self._last = 0.0
+
+    @property
+    def wall(self) -> float:
+        """Seconds from the first begin of a range to the last end, by the very readings that made the ranges' seconds:
+        another process that has the core meanwhile is in both or in neither."""
+        return 0.0 if self._first is None else self._last - self._first
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[Span]:
@@ -53,6 +60,8 @@ class Clock:
         now = self._now()
         if self._open:
             self._open[-1].seconds += now - self._last
+        if self._first is None:
+            self._first = now
         self._last = now
 
     def _nvtx(self, label: str) -> contextlib.AbstractContextManager:

@@ -24,7 +24,6 @@ from .work import common_prefix
 
 BATCH = 8  # candidates that stock code scores at a time, as search-and-learn does
 WITHIN = 0.02  # of the wall time: how far the sum of the parts may be from it
-TURN = 0.02  # seconds more: another process may have the core between two readings of the clock
 WAYS = {
     "copies": "stock copies: transformers' generate prefills and reads the prompt for each candidate; its verifier "
     f"encodes {BATCH} padded candidates at a time, LM head on every token",
@@ -108,7 +107,7 @@ class Profile:
 def profile(query: Query, way: str, hardware: Hardware, now: Callable[[], float] = time.perf_counter) -> Profile:
     """Runs the query one way: briefly to warm up, then under a clock that reads `now`.
 
-    Raises RuntimeError where the parts do not sum to the wall time within 2% and a moment."""
+    Raises RuntimeError where the parts do not sum to the wall time within 2%."""
     policy, verifier = query.players(way)
     clock, n = Clock(policy.device, now), query.n
     forwards = query.max_new_tokens + (0 if n == 1 else -(-n // verifier.batch_size) if way != "tree" else 1)
@@ -119,10 +118,10 @@ def profile(query: Query, way: str, hardware: Hardware, now: Callable[[], float]
         bar = stack.enter_context(tqdm(total=forwards, desc=f"{way:7s}", unit="forward", disable=None))
         meter = Meter(clock, hardware, query.model, query.verifier, bar.update)
         stack.enter_context(meter.attached(policy))
-        before, begin = joules(policy.device), now()
+        before = joules(policy.device)
         with clock("host_gap"):
             result = query.run(policy, verifier, n, query.max_new_tokens)
-        wall, after = now() - begin, joules(policy.device)
+        wall, after = clock.wall, joules(policy.device)
     meter.finish(n)
     check_sum(meter.seconds, wall)
     cost = modelled(query, way, hardware, result, meter).with_measured(meter.seconds, meter.bytes)
@@ -132,7 +131,7 @@ def profile(query: Query, way: str, hardware: Hardware, now: Callable[[], float]
 
 def check_sum(seconds: dict[str, float], wall: float) -> None:
     total = sum(seconds.values())
-    if abs(total - wall) > WITHIN * wall + TURN:
+    if abs(total - wall) > WITHIN * wall:
         raise RuntimeError(f"parts: expected a sum within {WITHIN:.0%} of the wall time {wall:.6g} s, got {total:.6g}")
 
 
