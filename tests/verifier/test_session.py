@@ -353,6 +353,59 @@ def test_a_path_that_outgrows_the_context_drops_its_first_steps(kind):
     assert session.steps(fifth.nodes[0]) == ["abc", "defg", "hi", "j", "abcdef"]
 
 
+@pytest.mark.parametrize("chunk_tokens", [4096, 13])
+@pytest.mark.parametrize("when_full, max_tokens", [("refuse", 4096), ("recompute", 160)])
+@pytest.mark.parametrize("kind", HEADS)
+def test_several_questions(kind, when_full, max_tokens, chunk_tokens):
+    """Each path has the scores that it has alone; what the questions begin with goes through the model once."""
+    rng = random.Random(f"{kind} {chunk_tokens}")
+    verifier = make(kind, page_size=4, chunk_tokens=chunk_tokens)
+    questions = ["good day" + texts(rng, 1, 20) for _ in range(4)] + ["good days"]
+    questions.append(questions[1])
+    with verifier.session(questions, max_tokens=max_tokens, when_full=when_full) as session:
+        assert session.questions == tuple(questions) and session.root == session.roots[0]
+        assert session.roots[5] == session.roots[1] and len(set(session.roots)) == 5
+        tokens = [verifier.encode("question", q, ())[0].ids for q in questions[:5]]
+        shared = next(i for i, column in enumerate(zip(*tokens)) if len(set(column)) > 1)
+        shared = min(shared, min(map(len, tokens)) - 1)
+        assert shared >= 8
+        total = sum(map(len, tokens)) - 4 * shared
+        assert session.tokens_encoded == total or when_full == "recompute"
+        steps = {root: [q] for root, q in zip(session.roots, questions)}
+        for _ in range(12):
+            open_nodes = [node for node in steps if len(steps[node]) < 5]
+            parents = [rng.choice(open_nodes) for _ in range(rng.randint(0, 6))]
+            new = [texts(rng, 0, 24) for _ in parents]
+            scores = session.extend(parents, new)
+            for i, (parent, step, node) in enumerate(zip(parents, new, scores.nodes)):
+                total += 0 if node in steps else len(step) + 1
+                steps[node] = [*steps[parent], step]
+                question, *path = steps[node]
+                assert session.steps(node) == path
+                assert path_scores(scores, i) == pytest.approx(scores_alone(verifier, question, path), **CLOSE)
+        assert session.tokens_encoded == total if when_full == "refuse" else session.tokens_encoded > total
+        assert session.tokens_held <= max_tokens
+        session.release([n for n in steps if n not in session.roots for _ in range(session._nodes[n].holds)])
+        assert set(session._nodes) - set(session.roots) == {min(session._nodes)}  # what the questions share
+        with pytest.raises(ValueError, match="expected node .* at most 0 times"):
+            session.release(session.roots[2])
+        with pytest.raises(ValueError, match="expected a node of this session"):
+            session.extend([min(session._nodes)], ["abc"])
+
+
+def test_questions_that_share_less_than_a_page_or_all_of_one():
+    verifier = make(page_size=4)
+    begin = verifier.encode("question", "", ())[0].ids
+    for questions, shared in [(["good", "bad"], 0), (["good day", "good dog"], len(begin) + 6),
+                              (["goodbye", "good", "good"], len(begin) + 3)]:  # fmt: skip
+        with verifier.session(questions) as session:
+            wanted = sum(len(begin) + len(q) for q in set(questions)) - shared
+            assert session.tokens_encoded == session.tokens_held == wanted
+            scores = session.extend(session.roots, ["ab"] * len(questions))
+            for i, question in enumerate(questions):
+                assert path_scores(scores, i) == pytest.approx(scores_alone(verifier, question, ["ab"]), **CLOSE)
+
+
 def test_empty_calls_and_the_root():
     session = make().session("good")
     nothing = session.extend([], [])
@@ -378,7 +431,10 @@ def test_bad_input():
         (lambda: session.release([0]), ValueError, r"nodes\[0\]: expected node 0 at most 0 times"),
         (lambda: session.release(0.0), TypeError, "nodes: expected a list of ints, got 0.0"),
         (lambda: session.scores([1]), ValueError, r"nodes\[0\]: expected a node of this session"),
-        (lambda: verifier.session(3), TypeError, "question: expected a text, got int"),
+        (lambda: verifier.session(3), TypeError, "question: expected a text, or a list of texts, got int"),
+        (lambda: verifier.session([]), ValueError, "question: expected a text, or at least one in a list, got an empty"),
+        (lambda: verifier.session(["a", 3]), TypeError, r"question\[1\]: expected a text, got int"),
+        (lambda: verifier.session(["a", "abcdefgh abcdefgh"]), ValueError, r"question\[1\]: expected at most 12 tok"),
         (lambda: verifier.session("abcdefgh abcdefgh"), ValueError, "question: expected at most 12 tokens"),
         (lambda: verifier.session("a", when_full="panic"), ValueError, "when_full: expected one of refuse, recompute"),
         (lambda: verifier.session("a", max_tokens=0), ValueError, "max_tokens: expected at least 1"),

@@ -147,6 +147,17 @@ def pack_many(
     return pack_questions(questions, device)
 
 
+def common_beginning(sequences: Sequence[Sequence[int]], page_size: int) -> int:
+    """How many tokens two or more sequences begin with in common and are worth a node of their own: a page of them at
+    least, and such that each goes on behind it."""
+    if len(sequences) < 2:
+        return 0
+    low, high = min(sequences), max(sequences)  # what these two share, all share
+    same = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    same = min(same, min(map(len, sequences)) - 1)
+    return same if same >= page_size else 0
+
+
 class Names(NamedTuple):
     """What the user calls the arguments of one question."""
 

@@ -1,4 +1,4 @@
-"""VerifierSession: step-wise scoring of one question's candidates, every token encoded once."""
+"""VerifierSession: step-wise scoring of the candidates of a question, or of several, every token encoded once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tts_kernels.scoring import StepScores, aggregate, step_scores
 from tts_kernels.tree.checks import check_int, fail, int_list, one_or_more
 from tts_kernels.tree.kv_tree import OutOfPages
+from tts_kernels.tree.pack import common_beginning
 from tts_kernels.tree.plan import int_tensor
 
 from .checks import check_texts
@@ -44,8 +45,9 @@ class SessionScores(StepScores):
 class VerifierSession:
     """Scores steps as a search writes them. Made by `Verifier.session(question)`.
 
-    question    the text that every path begins with; it is encoded at once
-    max_tokens  KV slots; default those of the verifier
+    question    the text that every path begins with; it is encoded at once. Or several: then `extend` takes parents of
+                any of them, all through the model together, and what all questions' tokens begin with is there once
+    max_tokens  KV slots, for all questions; default those of the verifier
     when_full   what happens when they are used up: "refuse" raises OutOfPages and changes nothing; "recompute" lets go
                 of the keys and values of the paths that were not used for longest, keeps their scores, and encodes them
                 again should they be extended
@@ -54,32 +56,51 @@ class VerifierSession:
     lives while it is held, by whoever got it from `extend` (once for each time) until `release`, and by its children.
     A handle whose last hold was given back is refused everywhere, though its children go on below it. Asking for a step
     that its parent has already gives the same node, held once more, and no token goes through the model.
+
+    roots       the node of each question, the same for equal ones; they are held until the end
+    root        the first of them
     """
 
-    def __init__(self, verifier: Verifier, question: str, *, max_tokens: int | None = None, when_full: str = "refuse"):
+    def __init__(
+        self, verifier: Verifier, question: str | Sequence[str], *, max_tokens: int | None = None,
+        when_full: str = "refuse",
+    ):  # fmt: skip
         recipe = verifier.recipe
         if not recipe.stepwise:
             fail("recipe", "one that scores steps as they come", f"{recipe.name}, which scores whole answers")
-        if not isinstance(question, str):
-            fail("question", "a text", type(question).__name__, TypeError)
+        if not isinstance(question, (str, Sequence)):
+            fail("question", "a text, or a list of texts", type(question).__name__, TypeError)
+        questions = (question,) if isinstance(question, str) else tuple(question)
+        check_texts("question", questions)
+        if not questions:
+            fail("question", "a text, or at least one in a list", "an empty list")
         if when_full not in WHEN_FULL:
             fail("when_full", f"one of {', '.join(WHEN_FULL)}", repr(when_full))
-        self.verifier, self.question, self.when_full = verifier, question, when_full
+        self.verifier, self.questions, self.when_full = verifier, questions, when_full
         self.max_tokens = verifier.max_tokens if max_tokens is None else check_int("max_tokens", max_tokens, 1)
         self.models = verifier.tree_models(self.max_tokens)
         self.tokens_encoded = 0  # that went through the model, those encoded again included
-        self.root = 0
         self._nodes: dict[int, Node] = {}
         self._next = 0
         self._clock = 0
         self._context = verifier.context
-        ids = verifier.encode("question", question, ())[0].ids
-        root = Node(-1, "", ids, len(ids), None, len(ids), holds=1)
-        self._add(root)
-        if ids:
-            self._encode([self.root])
-        else:
-            root.kv = [model.kv.add(None, 0) for model in self.models]
+        encoded = {
+            q: verifier.encode("question" if q is question else f"question[{i}]", q, ())[0].ids
+            for i, q in enumerate(self.questions)
+        }
+        under, shared = None, common_beginning(list(encoded.values()), verifier.page_size)
+        if shared:
+            # Nobody has its handle, and the roots that stand on it stay.
+            under = self._add(Node(-1, "", next(iter(encoded.values()))[:shared], shared, None, shared))
+        made = {q: self._add(Node(-1, q, ids[shared:], len(ids), under, 0, holds=1)) for q, ids in encoded.items()}
+        self.roots = tuple(made[q] for q in self.questions)
+        self.root = self.roots[0]
+        for root in made.values():
+            record = self._nodes[root]
+            record.response = len(record.ids)
+            if not record.ids:
+                record.kv = [model.kv.add(None, 0) for model in self.models]
+        self._encode([root for root in made.values() if self._nodes[root].ids])
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -166,7 +187,7 @@ class VerifierSession:
         nodes = one_or_more("nodes", nodes)
         times = Counter(nodes)
         for i, node in enumerate(nodes):
-            holds = self._nodes[self._check(f"nodes[{i}]", node)].holds - (node == self.root)
+            holds = self._nodes[self._check(f"nodes[{i}]", node)].holds - (self._nodes[node].parent < 0)
             if times[node] > holds:
                 fail(f"nodes[{i}]", f"node {node} at most {holds} times, as the caller holds it", times[node])
         for node in nodes:
@@ -209,6 +230,11 @@ class VerifierSession:
             node = self._nodes[node].parent
         return path[::-1]
 
+    def _question(self, node: int) -> str:
+        while self._nodes[node].parent >= 0:
+            node = self._nodes[node].parent
+        return self._nodes[node].step
+
     def _make(self, name: str, parent: int, step: str) -> Node:
         """The node of a new step, without KV and score yet."""
         above, under, response = self._nodes[parent], parent, 0
@@ -219,8 +245,8 @@ class VerifierSession:
             except ValueError as error:
                 raise ValueError(f"{name}, behind {above.step!r}: {error}") from error
 
-        if parent == self.root:
-            sequence, before = encode(self.question, [step]), above.ids
+        if above.parent < 0:
+            sequence, before = encode(above.step, [step]), [t for n in self._above(parent) for t in self._nodes[n].ids]
             ids = sequence.ids
             if ids[: len(before)] != before:  # the tokenizer joins the question's end with the step: not shared then
                 before, under = [], None
@@ -237,7 +263,7 @@ class VerifierSession:
         length = len(piece) + (0 if under is None else above.length)
         if self._context is not None and length > self._context:
             # Refused, or a path of its own that begins with a later step. Steps that have scores keep them.
-            sequence, left_out = self.verifier.encode(name, self.question, [*self.steps(parent), step])
+            sequence, left_out = self.verifier.encode(name, self._question(parent), [*self.steps(parent), step])
             warnings.warn(f"{name}: {left_out} first steps left out of a path beyond the context", stacklevel=3)
             piece, under, length = sequence.ids, None, len(sequence.ids)
             response = sequence.positions[-2] + 1 if len(sequence.positions) > 1 else sequence.response

@@ -12,15 +12,15 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Node:
-    """A step: its tokens stand behind those of its parent. The root is the question, without a step."""
+    """A step: its tokens stand behind those of its parent. A root is a question."""
 
-    parent: int  # handle, -1 for the root
-    step: str
+    parent: int  # handle, -1 for a root
+    step: str  # of a root, the question
     ids: list[int]
     length: int  # tokens from the beginning of the path to the end of the step
     under: int | None  # the node whose KV this one's follows; None: it begins anew
     response: int  # index of the first of `ids` that belongs to the answer
-    margin: float | None = None  # the step's score before activation; None for the root, and until it was encoded
+    margin: float | None = None  # the step's score before activation; None for a root, and until it was encoded
     kv: list[int] | None = None  # handles in the KV trees, one for each model; None: not there
     states: list[Tensor] | None = None  # of implicit rewards alone: the last hidden state of each model
     children: dict[str, int] = field(default_factory=dict)  # by step
@@ -32,9 +32,9 @@ class Node:
 def below_first(
     nodes: Mapping[int, Node], kept: Collection[int], order: Callable[[int], tuple[int, ...]]
 ) -> Iterator[int]:
-    """Nodes with KV whose KV can be let go of, but the root and those that are `kept`: no node before those whose KV
-    stands on its own, and else by `order`."""
-    going = {n for n, record in nodes.items() if record.kv and record.parent >= 0 and n not in kept}
+    """Nodes with KV whose KV can be let go of, but those that are `kept`: no node before those whose KV stands on its
+    own, and else by `order`. A root without tokens stays: nothing could bring it back."""
+    going = {n for n, r in nodes.items() if r.kv and (r.parent >= 0 or r.ids) and n not in kept}
     standing = Counter(record.under for record in nodes.values() if record.kv)  # on each node
     ready = [(order(node), node) for node in going if not standing[node]]
     heapify(ready)

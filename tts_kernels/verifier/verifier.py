@@ -200,8 +200,8 @@ class Verifier:
             tokens=tokens,
         )
 
-    def session(self, question: str, **settings: Any) -> VerifierSession:
-        """Step-wise scoring of one question's candidates: see `VerifierSession` for the settings."""
+    def session(self, question: str | Sequence[str], **settings: Any) -> VerifierSession:
+        """Step-wise scoring of the candidates of a question, or of several: see `VerifierSession` for the settings."""
         from .session import VerifierSession
 
         return VerifierSession(self, question, **settings)
