@@ -19,7 +19,7 @@ STEP, CUT = "\n\n", "<cut>"  # how a scripted step ends: at a stop string, or ou
 
 class FakePolicy:
     """`script[text so far]` is the list of what the model says next, taken in turn, from the beginning again when all
-    was said. A token is a character."""
+    was said. A token is a character. The text of a prompt is "" where it is the only one, else the prompt."""
 
     device = torch.device("cpu")
 
@@ -35,12 +35,12 @@ class FakePolicy:
     def prompt(self, question):
         return question
 
-    def start(self, prompt):
-        self.tokens_computed += len(prompt)
-        return self._node("")
+    def start_all(self, prompts):
+        self.tokens_computed += sum(map(len, prompts))
+        return [self._node(prompt if len(prompts) > 1 else "") for prompt in prompts]
 
     def sample_steps(self, parents, *, n=1, stop, progress, generator, **sampling):
-        assert n == 1 and not self.ended.intersection(parents)
+        assert n == 1 and not self.ended.intersection(parents) and len(generator) == len(parents)
         self.calls.append(([self.texts[parent] for parent in parents], stop))
         steps = []
         for parent in parents:
@@ -69,7 +69,7 @@ class FakePolicy:
 
 
 class FakeVerifier:
-    """`scores["a/b"]` is the score of step b behind step a."""
+    """`scores["a/b"]` is the score of step b behind step a; of several questions q, `scores["q/a/b"]`."""
 
     def __init__(self, scores: dict[str, float], *, aggregate: str = "last", stepwise: bool = True):
         self.scores = scores
@@ -80,16 +80,20 @@ class FakeVerifier:
 
     def session(self, question, **settings):
         assert self.recipe.stepwise
-        self.sessions.append(FakeSession(self))
+        self.sessions.append(FakeSession(self, [""] if isinstance(question, str) else question))
         return self.sessions[-1]
 
     def score_batch(self, questions, outputs):
-        paths = [tuple(self.recipe.split(output)) for output in outputs[0]]
-        prefixes = {path[:k] for path in paths for k in range(1, len(path) + 1)}
-        return self.read(paths, tokens=len(questions[0]) + sum(len(prefix[-1]) for prefix in prefixes))
+        names = questions if len(questions) > 1 else [""]
+        paths = [
+            (name, *self.recipe.split(output)) for name, texts in zip(names, outputs, strict=True) for output in texts
+        ]
+        prefixes = {path[:k] for path in paths for k in range(2, len(path) + 1)}
+        return self.read(paths, tokens=sum(map(len, questions)) + sum(len(prefix[-1]) for prefix in prefixes))
 
     def read(self, paths, **more):
-        probs = [[self.scores["/".join(path[: k + 1])] for k in range(len(path))] for path in paths]
+        keys = [["/".join(path[: k + 1]).removeprefix("/") for k in range(1, len(path))] for path in paths]
+        probs = [[self.scores[key] for key in of_path] for of_path in keys]
         aggregates = {
             "last": lambda p: p[-1], "min": min, "prod": math.prod, "mean": lambda p: sum(p) / len(p), "max": max
         }  # fmt: skip
@@ -105,26 +109,32 @@ class FakeVerifier:
 
 
 class FakeSession:
-    def __init__(self, verifier: FakeVerifier):
+    def __init__(self, verifier: FakeVerifier, questions: list[str]):
         self.verifier = verifier
-        self.root = 0
-        self.paths: dict[int, tuple[str, ...]] = {0: ()}
+        self.roots = tuple(-i for i in range(len(questions)))
+        self.paths: dict[int, tuple[str, ...]] = {root: (q,) for root, q in zip(self.roots, questions)}
         self.holds: dict[int, int] = defaultdict(int)
-        self.encoded: list[tuple[str, ...]] = []  # paths, in the order in which their last step was encoded
+        self._made: list[tuple[str, ...]] = []  # paths, in the order in which their last step was encoded
+        self.calls = 0
         self.closed = False
 
     @property
+    def encoded(self):
+        return [path[path[0] == "" :] for path in self._made]
+
+    @property
     def tokens_encoded(self):
-        return sum(len(path[-1]) for path in self.encoded)
+        return sum(len(path[-1]) for path in self._made)
 
     def extend(self, parents, steps):
         nodes = []
+        self.calls += 1
         known = {path: node for node, path in self.paths.items()}
         for parent, step in zip(parents, steps):
             path = (*self.paths[parent], step)
             if path not in known:
-                self.encoded.append(path)
-                known[path] = len(self.encoded)
+                self._made.append(path)
+                known[path] = len(self._made)
                 self.paths[known[path]] = path
             nodes.append(known[path])
             self.holds[known[path]] += 1

@@ -91,33 +91,36 @@ class StockVerifier:
         probs = probs.cpu()
         return [probs[i, s.positions].tolist() for i, s in enumerate(batch)]
 
-    def session(self, question: str, **_: object) -> StockSession:
-        return StockSession(self, question)
+    def session(self, question: str | Sequence[str], **_: object) -> StockSession:
+        return StockSession(self, [question] if isinstance(question, str) else question)
 
 
 class StockSession:
     """As `VerifierSession`: every call encodes the paths to its new steps whole."""
 
-    def __init__(self, verifier: StockVerifier, question: str):
-        self.verifier, self.question, self.root = verifier, question, 0
+    def __init__(self, verifier: StockVerifier, questions: Sequence[str]):
+        self.verifier, self.roots = verifier, tuple(range(len(questions)))
+        self.root = self.roots[0]
         self._begin = verifier.tokens
-        self._handles = count(1)
-        self._paths: dict[int, tuple[list[str], list[float]]] = {0: ([], [])}  # steps and their scores
+        self._handles = count(len(questions))
+        # question, steps and their scores
+        self._paths: dict[int, tuple[str, list[str], list[float]]] = {i: (q, [], []) for i, q in enumerate(questions)}
 
     @property
     def tokens_encoded(self) -> int:
         return self.verifier.tokens - self._begin
 
     def extend(self, parents: Sequence[int], steps: Sequence[str]) -> SimpleNamespace:
-        paths = [[*self._paths[parent][0], step] for parent, step in zip(parents, steps)]
+        above = [self._paths[parent] for parent in parents]
+        paths = [(question, [*before, step]) for (question, before, _), step in zip(above, steps)]
         encode = self.verifier.recipe.encode
-        scores = self.verifier.score_sequences([encode(self.verifier.tokenizer, self.question, path) for path in paths])
+        scores = self.verifier.score_sequences([encode(self.verifier.tokenizer, *path) for path in paths])
         nodes = tuple(next(self._handles) for _ in paths)
-        self._paths.update(zip(nodes, zip(paths, scores)))
+        self._paths.update((node, (*path, of_steps)) for node, path, of_steps in zip(nodes, paths, scores))
         return SimpleNamespace(**vars(self.scores(nodes)), nodes=nodes)
 
     def scores(self, nodes: Sequence[int]) -> StepScores:
-        return _aggregated([self._paths[node][1] for node in nodes])
+        return _aggregated([self._paths[node][2] for node in nodes])
 
     def release(self, nodes: Sequence[int]) -> None:
         for node in nodes:
@@ -139,13 +142,13 @@ class StockPolicy:
         self._handles = count()
         self._paths: dict[int, tuple[list[int], list[int], str]] = {}  # ids, those that text is decoded from, and it
 
-    def start(self, prompt: str | Sequence[int]) -> int:
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        return self._add(ids, ids[-CONTEXT:], self._decode(ids[-CONTEXT:]))
+    def start_all(self, prompts: Sequence[str | Sequence[int]]) -> list[int]:
+        read = [self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        return [self._add(ids, ids[-CONTEXT:], self._decode(ids[-CONTEXT:])) for ids in read]
 
     def sample_steps(
         self, parents: Sequence[int], *, stop: Sequence[str] | None, max_new_tokens: int, temperature: float,
-        top_p: float, top_k: int, generator: torch.Generator, progress: Callable[[int, int], None],
+        top_p: float, top_k: int, generator: Sequence[torch.Generator], progress: Callable[[int, int], None],
     ) -> list[Step]:  # fmt: skip
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -213,12 +216,12 @@ class Ended:
 class Draw:
     """A logits processor that leaves only the token drawn for each row that goes on."""
 
-    def __init__(self, draw: Callable[[Tensor], list[int]], ended: Ended):
+    def __init__(self, draw: Callable[[Tensor, Sequence[int]], list[int]], ended: Ended):
         self.draw, self.ended = draw, ended
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         going = self.ended.going
-        tokens = self.draw(scores[going].float())
+        tokens = self.draw(scores[going].float(), going)
         scores = torch.full_like(scores, -torch.inf)
         scores[going, tokens] = 0.0
         return scores

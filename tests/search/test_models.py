@@ -190,7 +190,7 @@ def test_a_full_policy_tree_leaves_nothing_behind(verifier):
 
 
 BAD = [
-    ({"question": 7}, TypeError, "question: expected a string, got 7"),
+    ({"question": 7}, TypeError, "question: expected a string, or a list of strings, got 7"),
     ({"width": 0}, ValueError, "width: expected at least 1, got 0"),
     ({"expand": 0}, ValueError, "expand: expected at least 1, got 0"),
     ({"expand": 2.0}, TypeError, "expand: expected an int, got 2.0"),

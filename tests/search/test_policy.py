@@ -103,7 +103,7 @@ def test_stop_strings():
 def test_stop_strings_across_tokens(tokens, stop, text, monkeypatch):
     policy = models.policy(tokenizer=models.bytes_())
     script = iter(policy.tokenizer.convert_tokens_to_ids([*tokens, *"never"]))
-    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits: [next(script)])
+    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits, rows: [next(script)])
     (step,) = policy.sample_steps([policy.start([7, 8])], stop=stop)
     assert (step.text, len(step.ids), step.reason) == (text, len(tokens), "stop")
 
@@ -208,7 +208,7 @@ def test_pages_are_not_asked_for_before_they_are_needed(monkeypatch):
     """The pages left hold the step, though not what it might have become."""
     policy = models.policy(page_size=4, max_tokens=24)
     script = iter([20] * 11 + [2])  # then two line breaks
-    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits: [next(script)])
+    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits, rows: [next(script)])
     (step,) = policy.sample_steps([policy.start([7] * 12)], max_new_tokens=2048)
     assert len(step.ids) == 12 and step.reason == "stop" and policy.kv.free_pages == 0
 
@@ -251,10 +251,61 @@ def test_the_context_is_full():
 
 def test_the_context_is_full_at_a_stop_string(monkeypatch):
     policy = models.policy(max_position_embeddings=64)
-    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits: [2] * len(logits))  # two line breaks
+    monkeypatch.setattr(module, "sampler", lambda *args: lambda logits, rows: [2] * len(rows))  # two line breaks
     nodes = [policy.start([5] * length) for length in (62, 63)]
     steps = policy.sample_steps(nodes)
     assert [(step.ended, step.reason) for step in steps] == [(False, "stop"), (True, "length")]
+
+
+PROMPTS = [PROMPT + more for more in (" And pears?", " And plums, and what is left?", "", " And pears too?")]
+
+
+@pytest.mark.parametrize("prefill", [4096, 20])
+def test_what_prompts_begin_with_is_computed_and_stored_once(prefill, monkeypatch):
+    monkeypatch.setattr(module, "PREFILL", prefill)
+    policy, alone = models.policy(page_size=4), models.policy(page_size=4)
+    roots, wanted = policy.start_all(PROMPTS), [alone.start(prompt) for prompt in PROMPTS]
+    ids = [policy.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    shared = min(map(len, ids)) - 1  # each goes on behind it
+    assert policy.tokens_computed == sum(map(len, ids)) - 3 * shared
+    taken = policy.kv.num_pages - policy.kv.free_pages
+    assert taken == -(-shared // 4) + sum(-(-(len(of_one) - shared) // 4) for of_one in ids)
+    for root, one in zip(roots, wanted):
+        torch.testing.assert_close(policy._tips[root].hidden, alone._tips[one].hidden, atol=1e-5, rtol=1e-5)
+    settings = {"stop": None, "max_new_tokens": 12, "temperature": 0}
+    (first, *others), *_ = steps = [p.sample_steps(r, **settings) for p, r in ((policy, roots), (alone, wanted))]
+    assert [step.ids for step in steps[0]] == [step.ids for step in steps[1]]
+    policy.release([*roots, first.node, *(step.node for step in others)])
+    assert policy.kv.free_pages == policy.kv.num_pages
+
+
+def test_prompts_that_do_not_fit_leave_nothing(monkeypatch):
+    policy = models.policy(page_size=4, max_tokens=100)
+    with pytest.raises(OutOfPages, match="max_tokens: expected room for all"):
+        policy.start_all(PROMPTS)
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: expected at least 1 token"):
+        policy.start_all([PROMPT, ""])
+    monkeypatch.setattr(policy._model, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy.start_all(PROMPTS[1:3])
+    assert policy.kv.free_pages == policy.kv.num_pages and not policy._tips
+
+
+def test_parents_of_one_generator_are_drawn_as_if_alone():
+    policy = models.policy(ends=True)
+    roots = policy.start_all(PROMPTS)
+    parents = [roots[0], roots[0], roots[2], roots[1]]
+    together = [models.generator(5), models.generator(5), models.generator(9)]
+    got = policy.sample_steps(
+        parents, n=2, max_new_tokens=15, generator=[together[i] for i in (0, 0, 1, 2)], temperature=1.5
+    )
+    wanted = []
+    for asked, seed in (([roots[0]] * 2, 5), ([roots[2]], 5), ([roots[1]], 9)):
+        wanted += policy.sample_steps(asked, n=2, max_new_tokens=15, generator=models.generator(seed), temperature=1.5)
+    assert [step.ids for step in got] == [step.ids for step in wanted] and len({step.ids for step in got}) > 5
+    assert len({len(step.ids) for step in got}) > 1  # rows leave one by one
+    with pytest.raises(ValueError, match=r"^generator: expected 4, one for each of the parents, got 3$"):
+        policy.sample_steps(parents, generator=together)
 
 
 def test_prompts():

@@ -387,7 +387,7 @@ def test_several_questions(kind, when_full, max_tokens, chunk_tokens):
         assert session.tokens_held <= max_tokens
         session.release([n for n in steps if n not in session.roots for _ in range(session._nodes[n].holds)])
         assert set(session._nodes) - set(session.roots) == {min(session._nodes)}  # what the questions share
-        with pytest.raises(ValueError, match="expected node .* at most 0 times"):
+        with pytest.raises(ValueError, match=r"expected node \d+ at most 0 times"):
             session.release(session.roots[2])
         with pytest.raises(ValueError, match="expected a node of this session"):
             session.extend([min(session._nodes)], ["abc"])
@@ -432,7 +432,11 @@ def test_bad_input():
         (lambda: session.release(0.0), TypeError, "nodes: expected a list of ints, got 0.0"),
         (lambda: session.scores([1]), ValueError, r"nodes\[0\]: expected a node of this session"),
         (lambda: verifier.session(3), TypeError, "question: expected a text, or a list of texts, got int"),
-        (lambda: verifier.session([]), ValueError, "question: expected a text, or at least one in a list, got an empty"),
+        (
+            lambda: verifier.session([]),
+            ValueError,
+            "question: expected a text, or at least one in a list, got an empty",
+        ),
         (lambda: verifier.session(["a", 3]), TypeError, r"question\[1\]: expected a text, got int"),
         (lambda: verifier.session(["a", "abcdefgh abcdefgh"]), ValueError, r"question\[1\]: expected at most 12 tok"),
         (lambda: verifier.session("abcdefgh abcdefgh"), ValueError, "question: expected at most 12 tokens"),

@@ -5,15 +5,16 @@
     result = search.beam_search(policy, verifier, question, width=4, expand=4)
     result.chosen.text, result.cost
 
-Each search takes one question and returns a `SearchResult`. The policy keeps one KV tree and the verifier another; what
-candidates share is stored and computed once in both.
+Each search takes a question and returns a `SearchResult`, or several, which share every forward of the two models, and
+returns a `SearchBatch`. The policy keeps one KV tree and the verifier another; what candidates share is stored and
+computed once in both.
 """
 
 from .answers import boxed, canonical
 from .beam import beam_search, dvts
 from .best_of_n import best_of_n, majority, weighted_vote
 from .policy import Policy, Step
-from .record import Candidate, Cost, SearchResult
+from .record import Candidate, Cost, SearchBatch, SearchResult
 from .run import Options
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Cost",
     "Options",
     "Policy",
+    "SearchBatch",
     "SearchResult",
     "Step",
     "beam_search",

@@ -20,13 +20,14 @@ Where both searches deviate:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from tts_kernels.tree.checks import check_int, fail
 
 from .checks import check_stop
-from .record import SearchResult
-from .run import Beam, Run
+from .drive import Call
+from .record import SearchBatch, SearchResult
+from .run import Beam, Grow, Judge, Run, Search
 
 if TYPE_CHECKING:
     from tts_kernels.verifier import Verifier
@@ -34,18 +35,24 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 
+@overload
+def beam_search(policy: Policy, verifier: Verifier, question: str, **options: Any) -> SearchResult: ...
+@overload
+def beam_search(
+    policy: Policy, verifier: Verifier, question: list[str] | tuple[str, ...], **options: Any
+) -> SearchBatch: ...
 def beam_search(
     policy: Policy,
     verifier: Verifier,
-    question: str,
+    question: str | Sequence[str],
     *,
     width: int,
     expand: int,
     depth: int = 40,
     stop: str | Sequence[str] = "\n\n",
     filter_duplicates: bool = True,
-    **options,
-) -> SearchResult:
+    **options: Any,
+) -> SearchResult | SearchBatch:
     """Step-level beam search: of width * expand candidates the `width` best are kept and continued, `depth` times.
 
     An iteration:
@@ -64,8 +71,8 @@ def beam_search(
     over them would count one answer twice. filter_duplicates=False is the default there, and True what its recipe for
     beam search says.
 
-    stop: see `Policy.sample_steps`. options: see `Options`.
-    Raises TypeError and ValueError for wrong arguments, OutOfPages where a tree is full.
+    question: one, or several, which go through the models together. stop: see `Policy.sample_steps`. options: see
+    `Options`. Raises TypeError and ValueError for wrong arguments, OutOfPages where a tree is full.
     """
     stops = _check(verifier, width, expand, depth, stop)
     if not isinstance(filter_duplicates, bool):
@@ -73,38 +80,48 @@ def beam_search(
     parameters = {"width": width, "expand": expand, "depth": depth, "stop": list(stops),
                   "filter_duplicates": filter_duplicates}  # fmt: skip
     size = width * expand
-    with Run("beam_search", policy, verifier, question, options, total=depth, unit="step") as run:
+
+    def search(run: Run) -> Search:
         active, ended = [run.root], []
         for iteration in range(1, depth + 1):
             parents = [active[i % len(active)] for i in range(size)]
-            beams = run.grow(parents, stop=stops if iteration < depth else None)
-            run.judge(beams)
+            beams = yield Grow(parents, stops if iteration < depth else None)
+            yield Judge(beams)
             ended += [beam for beam in beams if beam.reason != "stop"]
             active = [beam for beam in beams if beam.reason == "stop"]
             if filter_duplicates:
                 active = _first_of_equal_text(active)
             active = [active[i] for i in sorted(run.best(active, width))]
             run.keep(active)
-            run.bar.update()
+            run.step_done()
             if not active:
                 break
         order = run.best(ended, len(ended))
         unscored = [i for i in range(len(ended)) if i not in set(order)]
-        return run.result([ended[i] for i in [*order, *unscored][:size]], parameters)
+        return [ended[i] for i in [*order, *unscored][:size]]
+
+    with Call(
+        "beam_search", policy, verifier, question, options, search, parameters, total=depth, unit="step"
+    ) as call:  # fmt: skip
+        return call.results()
 
 
+@overload
+def dvts(policy: Policy, verifier: Verifier, question: str, **options: Any) -> SearchResult: ...
+@overload
+def dvts(policy: Policy, verifier: Verifier, question: list[str] | tuple[str, ...], **options: Any) -> SearchBatch: ...
 def dvts(
     policy: Policy,
     verifier: Verifier,
-    question: str,
+    question: str | Sequence[str],
     *,
     width: int,
     expand: int,
     depth: int = 40,
     stop: str | Sequence[str] = "\n\n",
     until: str | None = "boxed{",
-    **options,
-) -> SearchResult:
+    **options: Any,
+) -> SearchResult | SearchBatch:
     """Diverse verifier tree search: `width` independent trees below the question, in each of which the best of
     `expand` steps is continued, `depth` times.
 
@@ -116,20 +133,22 @@ def dvts(
     after tree, width * expand in all; of a tree that finished early some may not have ended. The choice is the best of
     them, which is the best tip.
 
-    `width` is n / beam_width of search-and-learn, as in `beam_search`. stop: see `Policy.sample_steps`. options: see
-    `Options`. Raises TypeError and ValueError for wrong arguments, OutOfPages where a tree is full.
+    `width` is n / beam_width of search-and-learn, as in `beam_search`. question: one, or several, which go through the
+    models together. stop: see `Policy.sample_steps`. options: see `Options`. Raises TypeError and ValueError for wrong
+    arguments, OutOfPages where a tree is full.
     """
     stops = _check(verifier, width, expand, depth, stop)
     if until is not None and not (isinstance(until, str) and until):
         fail("until", "a string that is not empty, or None", repr(until), ValueError if until == "" else TypeError)
     parameters = {"width": width, "expand": expand, "depth": depth, "stop": list(stops), "until": until}
-    with Run("dvts", policy, verifier, question, options, total=depth, unit="step") as run:
+
+    def search(run: Run) -> Search:
         last: list[list[Beam]] = [[] for _ in range(width)]  # of each tree, what was sampled below its tip
         tips = dict.fromkeys(range(width), run.root)  # of the trees that go on
         for iteration in range(1, depth + 1):
             parents = [tip for tip in tips.values() for _ in range(expand)]
-            beams = run.grow(parents, stop=stops if iteration < depth else None)
-            run.judge(beams)
+            beams = yield Grow(parents, stops if iteration < depth else None)
+            yield Judge(beams)
             going = {}
             for place, (tree, best) in enumerate(zip(tips, run.best_of_each(beams, expand))):
                 last[tree] = beams[place * expand : (place + 1) * expand]
@@ -137,10 +156,13 @@ def dvts(
                     going[tree] = beams[best]
             tips = going
             run.keep(list(tips.values()))
-            run.bar.update()
+            run.step_done()
             if not tips:
                 break
-        return run.result([beam for tree in last for beam in tree], parameters)
+        return [beam for tree in last for beam in tree]
+
+    with Call("dvts", policy, verifier, question, options, search, parameters, total=depth, unit="step") as call:
+        return call.results()
 
 
 def _first_of_equal_text(beams: list[Beam]) -> list[Beam]:

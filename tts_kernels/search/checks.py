@@ -9,10 +9,15 @@ from numbers import Real
 from tts_kernels.tree.checks import check_int, fail
 
 
-def check_text(name: str, text: str) -> str:
-    if not isinstance(text, str):
-        fail(name, "a string", repr(text), TypeError)
-    return text
+def check_questions(name: str, question: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(question, str):
+        return (question,)
+    if not isinstance(question, Sequence):
+        fail(name, "a string, or a list of strings", repr(question), TypeError)
+    for i, text in enumerate(question):
+        if not isinstance(text, str):
+            fail(f"{name}[{i}]", "a string", repr(text), TypeError)
+    return tuple(question)
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:

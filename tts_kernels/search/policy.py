@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from tts_kernels.tree.checks import check_int, fail, int_list, one_or_more
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
+from tts_kernels.tree.pack import common_beginning
 from tts_kernels.tree.plan import TreePlan
 
 from .checks import check_sampling, check_stop
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOM = 32  # tokens for which the leaves of a step take pages at a time
+PREFILL = 4096  # tokens of several prompts that go through the model at a time
 CONTEXT = 8  # prompt tokens that a response's first tokens are decoded behind: some tokenizers drop a leading space
 
 
@@ -114,22 +118,11 @@ class Policy:
     def start(self, prompt: str | Sequence[int] | Tensor) -> int:
         """Computes a prompt, given as text or ids, and returns its node. Text is tokenized as the tokenizer does by
         itself, special tokens included."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            ids = int_list("prompt", prompt)
-        if not 1 <= len(ids) < self._context:
-            fail("prompt", f"at least 1 token and fewer than the model's context of {self._context}", len(ids))
-        with self._full():
-            node = self.kv.add(None, len(ids))
-        try:
-            hidden = self._compute({node: len(ids)}, ids)[-1].clone()
-        except BaseException:
-            self.kv.release(node)
-            raise
-        tail = ids[-CONTEXT:]
-        self._tips[node] = Tip(tail, self._decode(tail), len(ids), hidden=hidden)
-        return node
+        return self._start([self._prompt_ids("prompt", prompt)])[0]
+
+    def start_all(self, prompts: Sequence[str | Sequence[int] | Tensor]) -> list[int]:
+        """As `start`, for each of the prompts. What all of them begin with is stored, and computed, once."""
+        return self._start([self._prompt_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)])
 
     def sample_steps(
         self,
@@ -141,7 +134,7 @@ class Policy:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Step]:
         """`n` steps under each of the `parents`, all at once: a step of decoding takes a token for each that goes on.
@@ -153,7 +146,8 @@ class Policy:
             max_new_tokens: of each step.
             temperature, top_p, top_k: as in transformers, which applies them in this order: temperature, top_k, top_p.
                 Temperature 0: the token of the highest logit. top_k 0: all.
-            generator: of the draws, on the model's device. Default: torch's.
+            generator: of the draws, on the model's device. Or one for each of the parents: draws are then those of
+                calls for the parents of one generator alone. Default: torch's.
             progress: called after every step of decoding with the tokens sampled in it and the steps that go on.
 
         Returns:
@@ -172,7 +166,12 @@ class Policy:
         check_int("n", n, 1)
         check_sampling(max_new_tokens, temperature, top_p, top_k)
         stops = check_stop(stop)
-        draw = sampler(temperature, top_p, top_k, generator)
+        generators = generator
+        if isinstance(generator, Sequence):
+            if len(generator) != len(parents):
+                fail("generator", f"{len(parents)}, one for each of the parents", len(generator))
+            generators = [one for one in generator for _ in range(n)]
+        draw = sampler(temperature, top_p, top_k, generators)
         with self._full(), torch.no_grad(), self._model.switched():
             self._compute_pending(dict.fromkeys(parents))
             pools = {parent: iter(self.kv.fork(parent, n * count)) for parent, count in Counter(parents).items()}
@@ -196,13 +195,56 @@ class Policy:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _prompt_ids(self, name: str, prompt: str | Sequence[int] | Tensor) -> list[int]:
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else int_list(name, prompt)
+        if not 1 <= len(ids) < self._context:
+            fail(name, f"at least 1 token and fewer than the model's context of {self._context}", len(ids))
+        return ids
+
+    def _start(self, prompts: list[list[int]]) -> list[int]:
+        shared = common_beginning(prompts, self.kv.page_size)
+        nodes: list[int] = []
+        try:
+            with self._full():
+                if shared:
+                    nodes.append(self.kv.add(None, shared))
+                for ids in prompts:
+                    nodes.append(self.kv.add(nodes[0] if shared else None, len(ids) - shared))
+            pieces = [ids[shared:] for ids in prompts]
+            hidden = self._compute_prompts(nodes, [prompts[0][:shared], *pieces] if shared else pieces)
+        except BaseException:
+            self.kv.release(nodes)
+            raise
+        if shared:  # the prompts keep it
+            self.kv.release(nodes[0])
+            nodes, hidden = nodes[1:], hidden[1:]
+        for node, ids, state in zip(nodes, prompts, hidden):
+            tail = ids[-CONTEXT:]
+            self._tips[node] = Tip(tail, self._decode(tail), len(ids), hidden=state)
+        return nodes
+
+    def _compute_prompts(self, nodes: Sequence[int], pieces: Sequence[list[int]]) -> list[Tensor]:
+        """The last hidden state of each, in forwards of whole nodes and at most PREFILL tokens, if one has no more."""
+        hidden: list[Tensor] = []
+        begin = 0
+        while begin < len(nodes):
+            ends = list(accumulate(map(len, pieces[begin:])))
+            count = max(1, bisect_right(ends, PREFILL))
+            group = pieces[begin : begin + count]
+            states = self._compute(
+                dict(zip(nodes[begin:], map(len, group))), [token for piece in group for token in piece]
+            )
+            hidden += [states[end - 1].clone() for end in ends[:count]]
+            begin += count
+        return hidden
+
     def _decode_steps(
         self,
         under: list[int],
         leaves: list[int],
         stops: tuple[str, ...],
         max_new_tokens: int,
-        draw: Callable[[Tensor], list[int]],
+        draw: Callable[[Tensor, Sequence[int]], list[int]],
         progress: Callable[[int, int], None] | None,
     ) -> tuple[list[list[int]], list[str]]:
         """Tokens and reason for each leaf. All but the last of its tokens are stored in it."""
@@ -217,7 +259,7 @@ class Policy:
             hidden = torch.stack([self._tips[parent].hidden for parent in distinct])
             logits = self._logits(hidden)[[distinct[parent] for parent in under]]
         while going:
-            for i, token in zip(going, draw(logits)):
+            for i, token in zip(going, draw(logits, going)):
                 tokens[i].append(token)
                 if token in self._ends:
                     reasons[i] = "eos"
@@ -322,20 +364,27 @@ def _ids(ids: int | Sequence[int] | None) -> frozenset[int]:
 
 
 def sampler(
-    temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
-) -> Callable[[Tensor], list[int]]:
-    """From logits [R, V] to a token for each row."""
+    temperature: float, top_p: float, top_k: int, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Callable[[Tensor, Sequence[int]], list[int]]:
+    """From logits [R, V], and which of all rows these are, to a token for each. Where each of all rows has a generator,
+    those that follow one another with the same one are drawn together."""
     if temperature == 0:
-        return lambda logits: logits.argmax(-1).tolist()
+        return lambda logits, _: logits.argmax(-1).tolist()
     from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers = [] if temperature == 1 else [TemperatureLogitsWarper(float(temperature))]
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
 
-    def draw(logits: Tensor) -> list[int]:
+    def draw(logits: Tensor, rows: Sequence[int]) -> list[int]:
         for warper in warpers:
             logits = warper(None, logits)
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1).tolist()
+        weights = logits.softmax(-1)
+        if not isinstance(generator, Sequence):
+            return torch.multinomial(weights, 1, generator=generator).squeeze(-1).tolist()
+        together = [(one, len(list(same))) for one, same in groupby(generator[row] for row in rows)]
+        parts = weights.split([count for _, count in together])
+        drawn = [torch.multinomial(part, 1, generator=one) for part, (one, _) in zip(parts, together)]
+        return torch.cat(drawn).squeeze(-1).tolist()
 
     return draw

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -39,7 +39,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Cost:
-    """Tokens and seconds of each part of a search; on a GPU it is waited for before a part's time is taken.
+    """Tokens and seconds of each part of a call; on a GPU it is waited for before a part's time is taken.
+
+    Of one question among several only `new_tokens` is told, the rest is None: what a forward for all of them takes has
+    no part that is one question's. `SearchBatch.cost` has the whole.
 
     prompt_tokens     of the policy's prompt, computed once
     new_tokens        that the policy sampled, for candidates that were dropped on the way too
@@ -52,15 +55,15 @@ class Cost:
     seconds           all of it
     """
 
-    prompt_tokens: int = 0
+    prompt_tokens: int | None = None
     new_tokens: int = 0
-    policy_tokens: int = 0
-    verifier_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    select_seconds: float = 0.0
-    seconds: float = 0.0
+    policy_tokens: int | None = None
+    verifier_tokens: int | None = None
+    prefill_seconds: float | None = None
+    decode_seconds: float | None = None
+    verify_seconds: float | None = None
+    select_seconds: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class SearchResult:
     choice: int
     seed: int
     parameters: Mapping[str, Any]
-    cost: Cost = field(default_factory=Cost)
+    cost: Cost
 
     @property
     def chosen(self) -> Candidate | None:
@@ -90,6 +93,32 @@ class SearchResult:
         own["candidates"] = [{**asdict(candidate), "ended": candidate.ended} for candidate in self.candidates]
         own["cost"] = asdict(self.cost)
         return _plain(own)
+
+    def to_json(self, **options) -> str:
+        """`to_dict` as JSON; `options` go to json.dumps."""
+        return json.dumps(self.to_dict(), allow_nan=False, **options)
+
+
+@dataclass(frozen=True)
+class SearchBatch(Sequence):
+    """The records of several questions that were searched in one call, in their order, and what the call cost.
+
+    A sequence of SearchResult. Each has the candidates and the choice that its question has alone, from the same seed,
+    but for what sums of other sizes round otherwise.
+    """
+
+    results: tuple[SearchResult, ...]
+    cost: Cost
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __getitem__(self, index):
+        return self.results[index]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `SearchResult.to_dict`."""
+        return {"results": [result.to_dict() for result in self.results], "cost": asdict(self.cost)}
 
     def to_json(self, **options) -> str:
         """`to_dict` as JSON; `options` go to json.dumps."""
