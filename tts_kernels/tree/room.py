@@ -45,6 +45,11 @@ class Room:
     def deepest(self) -> int:
         return min(self.depth or self.nodes, self.nodes)
 
+    @property
+    def table_size(self) -> int:
+        """Numbers in the tables of a plan, where `pages` is given."""
+        return 8 * (self.nodes + 1) + 2 * self.rows + self.pages
+
     def check(self, argument: str, *, nodes: int, rows: int, pages: int, depth: int) -> None:
         """ValueError where a tree of so many is too large."""
         for name, need, most in (
@@ -123,12 +128,16 @@ def room_of(
     return room if room.pages else replace(room, pages=pages)
 
 
-def plan_with_room(plan: TreePlan, room: Room, device: torch.device) -> PlanWithRoom:
-    """The plan `plan`, which is on the CPU, with room."""
+def plan_with_room(
+    plan: TreePlan, room: Room, device: torch.device, memory: torch.Tensor | None = None
+) -> PlanWithRoom:
+    """The plan `plan`, which is on the CPU, with room. memory: int32 on `device`, in whose beginning its tables then
+    lie; plans that share it are written before each use."""
     check_fits("room", room, plan)
     with torch.inference_mode(False):  # else it could not be written outside of inference mode
         nodes, rows = room.nodes + 1, room.rows
-        tables = torch.zeros(8 * nodes + 2 * rows + room.pages, dtype=torch.int32, device=device)
+        size = room.table_size
+        tables = torch.zeros(size, dtype=torch.int32, device=device) if memory is None else memory[:size]
         staged = write(plan, room, tables)
         parts = tables.split_with_sizes([7 * nodes, 2 * rows, nodes, room.pages])
         host = parts[0].view(7, nodes), parts[2]
