@@ -2,11 +2,13 @@
 
     python sglang_run.py JOBS RESULTS
 
-JOBS is a JSON file with a list of {"name", "options", "calls"}: the engine's arguments, and those of generate(), call
-by call. RESULTS gets {name: {"calls": [...]}} with token ids, logprobs and retractions of each sequence, or {"error"}.
+JOBS is a JSON file with a list of {"name", "options", "environment", "calls"}: the engine's arguments, variables of its
+processes, and the arguments of generate(), call by call. RESULTS gets {name: {"calls": [...]}} with token ids, logprobs
+and retractions of each sequence, or {"error"}.
 """
 
 import json
+import os
 import sys
 import traceback
 
@@ -39,7 +41,12 @@ def generate(engine, call):
 def run(job):
     from sglang.srt.entrypoints.engine import Engine
 
-    engine = Engine(**{**ALWAYS, **job["options"]})
+    os.environ.update(job["environment"])
+    try:
+        engine = Engine(**{**ALWAYS, **job["options"]})
+    finally:
+        for name in job["environment"]:
+            del os.environ[name]
     try:
         return {"calls": [generate(engine, call) for call in job["calls"]]}
     finally:

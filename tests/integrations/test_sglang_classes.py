@@ -174,8 +174,12 @@ def test_idle_and_other_modes(sglang):
             backend.init_forward_metadata(batch_of(sglang, requests, mode))
     with pytest.raises(ValueError, match="does not support the option score_mod of a layer"):
         forward(sglang, backend, layer, requests, "DECODE", q, k, v, aux=None, score_mod=torch.ones(2))
-    with pytest.raises(ValueError, match="does not support CUDA graphs"):
-        backend.init_cuda_graph_state(8, 8)
+    with pytest.raises(ValueError, match="does not support CUDA graphs of 16 tokens for 8 requests"):
+        backend.init_cuda_graph_state(8, 16)
+    backend.init_cuda_graph_state(8, 8)
+    for mode in ("EXTEND", "TARGET_VERIFY", "DLLM_EXTEND"):
+        with pytest.raises(ValueError, match=f"does not support a CUDA graph of forward_mode {mode}"):
+            backend.init_forward_metadata_out_graph(batch_of(sglang, requests, mode))
 
 
 def test_refused_models(sglang):
@@ -216,12 +220,13 @@ def test_register_again(sglang):
 @pytest.mark.parametrize(
     "chosen, without",
     [
-        ({"attention_backend": plugin.NAME}, {"prefill", "decode"}),
-        ({"prefill_attention_backend": "triton", "decode_attention_backend": plugin.NAME}, {"decode"}),
+        ({"attention_backend": plugin.NAME}, {"prefill"}),
+        ({"prefill_attention_backend": plugin.NAME, "decode_attention_backend": "triton"}, {"prefill"}),
+        ({"prefill_attention_backend": "triton", "decode_attention_backend": plugin.NAME}, set()),
         ({"attention_backend": "triton"}, set()),
     ],
 )
-def test_cuda_graphs_are_switched_off(sglang, chosen, without):
+def test_prefill_graphs_are_switched_off(sglang, chosen, without):
     from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
     from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, Phase, with_phase
     from sglang.srt.server_args import ServerArgs

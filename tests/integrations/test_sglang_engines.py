@@ -30,7 +30,14 @@ CALLS = [
     {"input_ids": PROMPTS, "sampling_params": {"temperature": 0, "max_new_tokens": 24, "n": 3}},
     {"input_ids": PROMPTS, "sampling_params": {"temperature": 1.0, "max_new_tokens": 40, "n": 4}},
 ]
+# Of graphs alone: requests that end one after another, so that batches of many sizes are replayed. Greedy, as the first
+# of CALLS.
+ENDS = [4, 9, 15, 24]
+LEAVING = {
+    "input_ids": PROMPTS, "sampling_params": [{"temperature": 0, "max_new_tokens": end, "n": 3} for end in ENDS]
+}  # fmt: skip
 OURS = {"attention_backend": plugin.NAME}
+GRAPHS = {**OURS, "graphs": [1, 2, 4, 8, 16]}  # SGLang's runner of decode graphs, for these batch sizes
 WAYS = {
     "native": {"model": "qwen2", "attention_backend": "torch_native"},
     "slots": {"model": "qwen2", **OURS},
@@ -43,9 +50,17 @@ WAYS = {
     "window, softcap": {"model": "gemma2", **OURS, "page_size": 16},
     "window pool, slots": {"model": "cohere2", **OURS},
     "window pool, pages": {"model": "cohere2", **OURS, "page_size": 16},
+    "graphs": {"model": "qwen2", **GRAPHS, "enable_mixed_chunk": True},
+    "graphs, decode only": {
+        "model": "qwen2", "prefill_attention_backend": "torch_native", "decode_attention_backend": plugin.NAME,
+        "page_size": 16, "graphs": GRAPHS["graphs"],
+    },
+    "graphs, retracted": {"model": "qwen2", **GRAPHS, "max_total_tokens": 256, "disable_overlap_schedule": True},
+    "graphs, window pool": {"model": "cohere2", **GRAPHS, "page_size": 16},
     "speculative": {"model": "qwen2", **OURS, "speculative_algorithm": "NGRAM"},
     "e5m2": {"model": "qwen2", **OURS, "kv_cache_dtype": "fp8_e5m2"},
 }  # fmt: skip
+GRAPH_RUNS = [name for name, way in WAYS.items() if "graphs" in way]
 RUNS = [name for name, way in WAYS.items() if plugin.NAME in way.values() and name not in ("speculative", "e5m2")]
 
 
@@ -89,9 +104,12 @@ def oracles(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(oracles, tmp_path_factory):
-    """All of them, one after another: results by name, the plans that were made, and what was printed."""
-    folder = tmp_path_factory.mktemp("runs")
-    points = ["probe = sglang_probe:register"]
+    return run_engines(WAYS, oracles.folder, tmp_path_factory.mktemp("runs"), {"SGLANG_USE_CPU_ENGINE": "1"})
+
+
+def run_engines(ways, models, folder, variables):
+    """One after another: results by name, and what was seen inside, plans and replays."""
+    points = ["probe = sglang_probe:register", "graphs = sglang_cpu_graphs:register"]
     if not any(point.name == plugin.NAME for point in entry_points(group="sglang.srt.plugins")):
         points.insert(0, f"{plugin.NAME} = tts_kernels.integrations.sglang:register")
     info = folder / "plugins" / "tts_kernels_probe-0.dist-info"
@@ -100,25 +118,28 @@ def runs(oracles, tmp_path_factory):
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\n" + "\n".join(points) + "\n")
 
     jobs = []
-    for name, way in WAYS.items():
-        options = {**way, "model_path": str(oracles.folder / way["model"])}
+    for name, way in ways.items():
+        options = {**way, "model_path": str(models / way["model"])}
         del options["model"]
-        jobs.append({"name": name, "options": options, "calls": CALLS})
-    jobs_file, results_file, probe = (folder / name for name in ("jobs.json", "results.json", "probe.jsonl"))
+        graphs = options.pop("graphs", [])
+        environment = {"TTS_KERNELS_PROBE": str(folder / f"{name}.jsonl")}
+        if graphs:
+            environment["TTS_KERNELS_CPU_GRAPHS"] = ",".join(map(str, graphs))
+        calls = [*CALLS, LEAVING] if graphs else CALLS
+        jobs.append({"name": name, "options": options, "environment": environment, "calls": calls})
+    jobs_file, results_file = folder / "jobs.json", folder / "results.json"
     jobs_file.write_text(json.dumps(jobs))
     path = [str(STUBS), str(info.parent), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(path), "TTS_KERNELS_PROBE": str(probe),
-        "SGLANG_USE_CPU_ENGINE": "1",
-    }  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
     environment.pop("TRITON_INTERPRET", None)  # SGLang on a CPU takes no Triton
     command = [sys.executable, str(TESTS / "sglang_run.py"), str(jobs_file), str(results_file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)
     printed = done.stdout + done.stderr
     assert results_file.exists(), printed[-6000:]
     results = json.loads(results_file.read_text())
-    assert list(results) == list(WAYS), printed[-6000:]
-    return types.SimpleNamespace(results=results, plans=[json.loads(line) for line in probe.read_text().splitlines()])
+    assert list(results) == list(ways), printed[-6000:]
+    facts = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+    return types.SimpleNamespace(results=results, facts=facts)
 
 
 def calls_of(runs, name):
@@ -164,16 +185,53 @@ def test_engine_gives_the_logprobs_of_transformers(runs, oracles, name):
 )
 def test_engine_reads_prefixes_once(runs, page_size, window_pool, at_least):
     """In a decode step of 12 requests, three samples of each of four prompts with a common beginning."""
-    asked = {"decode": True, "page_size": page_size, "requests": 12, "rows": 12, "window pool": window_pool}
-    steps = [plan for plan in runs.plans if asked.items() <= plan.items()]
+    asked = {
+        "decode": True, "graph": False, "page_size": page_size, "requests": 12, "rows": 12, "window pool": window_pool
+    }  # fmt: skip
+    steps = [fact for facts in runs.facts.values() for fact in facts if asked.items() <= fact.items()]
     assert steps
     assert min(step["tokens"] / step["read"] for step in steps) > at_least
 
 
-def test_engine_retracts(runs):
-    assert any(output["retractions"] for call in calls_of(runs, "retracted") for output in call)
+@pytest.mark.parametrize("name", ["retracted", "graphs, retracted"])
+def test_engine_retracts(runs, name):
+    assert any(output["retractions"] for call in calls_of(runs, name) for output in call)
+
+
+@pytest.mark.parametrize("name", GRAPH_RUNS)
+def test_engine_decodes_in_graphs(runs, name):
+    """Every decode step, replayed from what was captured before there was any request; batches of many sizes, most of
+    them padded. What requests share is read once there too."""
+    calls, facts = calls_of(runs, name), runs.facts[name]
+    assert not [fact for fact in facts if fact.get("decode") and not fact["graph"]]
+    replays = {(fact["requests"], fact["size"]) for fact in facts if "replay" in fact}
+    assert {size for _, size in replays} >= {4, 8, 16}
+    assert any(requests < size for requests, size in replays)
+    for i, output in enumerate(calls[2]):
+        assert output["ids"] == calls[0][i]["ids"][: ENDS[i // 3]]
+    assert max(fact["tokens"] / fact["read"] for fact in facts if fact.get("graph")) > 3.0
 
 
 def test_engine_refuses_arguments(runs):
     assert "speculative_algorithm NGRAM" in runs.results["speculative"]["error"]
     assert "kv_cache_dtype fp8_e5m2" in runs.results["e5m2"]["error"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_engines_on_a_gpu(oracles, tmp_path):
+    """With SGLang's CUDA graphs and without: in half precision near the logprobs of transformers."""
+    options = {**OURS, "device": "cuda", "dtype": "float16", "page_size": 16, "cuda_graph_max_bs_decode": 16}
+    ways = {
+        "graphs": {"model": "qwen2", **options},
+        "no graphs": {"model": "qwen2", **options, "disable_cuda_graph": True},
+        "graphs, window pool": {"model": "cohere2", **options},
+    }
+    runs = run_engines(ways, oracles.folder, tmp_path, {})
+    for name, way in ways.items():
+        assert any(fact["graph"] for fact in runs.facts[name]) == (name != "no graphs")
+        for outputs, call in zip(calls_of(runs, name), CALLS):
+            for i, output in enumerate(outputs):
+                prompt = PROMPTS[i // call["sampling_params"]["n"]]
+                expected, _ = logprobs_of(oracles.models[way["model"]], prompt, output["ids"])
+                assert (torch.tensor(output["logprobs"]) - expected).abs().mean() < 0.05

@@ -15,6 +15,7 @@ def register():
         facts = {
             "requests": len(seq_lens),
             "decode": options["q_lens"] is None,
+            "graph": options["into"] is not None,
             "page_size": options["page_size"],
             "window pool": options["window_slots"] is not None,
             "tokens": int(seq_lens.sum()),

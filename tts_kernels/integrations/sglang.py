@@ -7,13 +7,14 @@ found as equal leading pages of the requests' page tables, once in a forward, an
     sglang serve --model-path MODEL --attention-backend tts_kernels --page-size 16
     sglang.Engine(model_path=MODEL, attention_backend="tts_kernels", page_size=16)
 
-`--decode-attention-backend tts_kernels` takes it for decode alone. Where it attends, CUDA graphs are switched off, and
-a GPU is waited for once in a forward. Refused at the start, by name: speculative decoding, multi-head latent attention,
-encoders and cross attention, values of another head_dim than keys, chunked local attention, context parallelism, and
-KV caches but those of the model's dtype and fp8_e4m3. For some models, such as gpt-oss, SGLang itself takes none but
-backends of its own.
+`--decode-attention-backend tts_kernels` takes it for decode alone. Decode runs in SGLang's CUDA graphs, prefill without
+them; a GPU is waited for once in a forward, before a graph is replayed. Refused at the start, by name: speculative
+decoding, multi-head latent attention, encoders and cross attention, values of another head_dim than keys, chunked local
+attention, context parallelism, and KV caches but those of the model's dtype and fp8_e4m3. For some models, such as
+gpt-oss, SGLang itself takes none but backends of its own.
 
-Nothing here needs SGLang but `register`; sglang_backend.py is the backend itself.
+Nothing here needs SGLang but `register`; sglang_backend.py is the backend itself, sglang_graphs.py has what its decode
+graphs read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..tree.plan import TreePlan
+from ..tree.room import PlanWithRoom
 
 NAME = "tts_kernels"
 logger = logging.getLogger(__name__)
@@ -60,21 +62,20 @@ def _create(runner: Any) -> Any:
 
 def _resolve(server_args: Any, previous: Any) -> None:
     """A step of SGLang's resolution of arguments: where the backend was chosen, those that it does not support are
-    refused, and CUDA graphs switched off."""
+    refused; where it was chosen for prefill, prefill's CUDA graphs are switched off."""
     from sglang.srt.arg_groups.overrides import attention_backends_of, declare_resolution, resolved_view
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     previous(server_args)
-    chosen = attention_backends_of(resolved_view(server_args))
-    if NAME not in chosen:
+    for_prefill, for_decode = attention_backends_of(resolved_view(server_args))
+    if NAME not in (for_prefill, for_decode):
         return
     refuse(unsupported_arguments(resolved_view(server_args)))
-    for phase, backend in zip((Phase.PREFILL, Phase.DECODE), chosen):
-        graphs = resolved_view(server_args).cuda_graph_config
-        if backend == NAME and getattr(graphs, phase).backend != Backend.DISABLED:
-            logger.warning("%s runs without CUDA graphs: the attention backend %s has none", phase, NAME)
-            without = with_phase(graphs, phase, backend=Backend.DISABLED)
-            declare_resolution(server_args, NAME, cuda_graph_config=without)
+    graphs = resolved_view(server_args).cuda_graph_config
+    if for_prefill == NAME and graphs.prefill.backend != Backend.DISABLED:
+        logger.warning("prefill runs without CUDA graphs: the attention backend %s has none for it", NAME)
+        without = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
+        declare_resolution(server_args, NAME, cuda_graph_config=without)
 
 
 def refuse(reasons: list[str]) -> None:
@@ -156,6 +157,7 @@ def make_plan(
     longest: int | None = None,
     window_slots: Tensor | None = None,
     least_saving: int = 0,
+    into: PlanWithRoom | None = None,
 ) -> TreePlan:
     """The plan of one forward, on the device of `req_to_token`.
 
@@ -164,14 +166,16 @@ def make_plan(
         seq_lens: [B] tokens of each request, those of its new rows included.
         q_lens: [B] rows of each request, its last tokens; None: one each, as in decode.
         longest: the largest of `seq_lens`, where the host knows it; else it is asked for, which waits for the device.
-        least_saving: as in `TreePlan.from_block_table`.
+        least_saving, into: as in `TreePlan.from_block_table`.
 
     Raises TypeError and ValueError as `TreePlan.from_block_table` does.
     """
     if longest is None:
         longest = int(seq_lens.max())
     table = page_table(req_to_token, req_pool_indices, longest, page_size, window_slots)
-    return TreePlan.from_block_table(table, seq_lens, page_size=page_size, q_lens=q_lens, least_saving=least_saving)
+    return TreePlan.from_block_table(
+        table, seq_lens, page_size=page_size, q_lens=q_lens, least_saving=least_saving, into=into
+    )
 
 
 def as_pages(buffer: Tensor, page_size: int) -> Tensor:

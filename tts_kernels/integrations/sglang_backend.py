@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from ..attention import tables, tree_attention
 from ..tree.plan import TreePlan
+from ..tree.room import PlanWithRoom
 from .sglang import as_pages, make_plan, refuse, scale_of, unsupported_layer
+from .sglang_graphs import GraphPlans
 
 MODES = (ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.SPLIT_PREFILL, ForwardMode.DECODE)
 
@@ -41,7 +44,7 @@ class TreeAttentionBackend(AttentionBackend):
             ValueError: every option of the model and of its KV cache that is not supported, by its name.
         """
         super().__init__()
-        layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+        self.layers = layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
         refuse(unsupported_reasons(runner, layers))
         self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
         self.window_layers = set()  # those with a pool of their own
@@ -50,11 +53,10 @@ class TreeAttentionBackend(AttentionBackend):
             self.window_layers = {layer for layer, (_, in_window_pool) in layer_pools if in_window_pool}
         self.page_size = runner.page_size
         self.kv_cache_dtype = runner.kv_cache_dtype
+        self.dtype, self.device = runner.dtype, runner.device
         self.least_saving = 0
         if layers:
-            heads, head_dim = layers[0].tp_q_head_num, layers[0].head_dim
-            q = torch.empty((0, heads, head_dim), dtype=runner.dtype, device=runner.device)
-            self.least_saving = tables.least_saving(q, self._pages(layers[0])[0])
+            self.least_saving = tables.least_saving(self._rows(layers[0], 0), self._pages(layers[0])[0])
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Makes the plan: on a GPU it waits for the device once, and once more where window layers have a pool of their
@@ -65,20 +67,45 @@ class TreeAttentionBackend(AttentionBackend):
             return
         if mode not in MODES:
             refuse([f"forward_mode {mode.name}"])
-
-        def plan(window_slots: Tensor | None) -> TreePlan:
-            return make_plan(
-                self.req_to_token_pool.req_to_token, batch.req_pool_indices, batch.seq_lens, page_size=self.page_size,
-                q_lens=None if mode.is_decode() else batch.extend_seq_lens,
-                longest=None if batch.seq_lens_cpu is None else int(batch.seq_lens_cpu.max()),
-                window_slots=window_slots, least_saving=self.least_saving,
-            )  # fmt: skip
-
         if self.window_layers:
             window_slots = self.token_to_kv_pool.full_to_swa_index_mapping
-            self.forward_metadata = Forward(plan(None), plan(window_slots), window_slots[batch.out_cache_loc])
+            new_rows = window_slots[batch.out_cache_loc]
+            self.forward_metadata = Forward(self._plan(batch), self._plan(batch, window_slots), new_rows)
         else:
-            self.forward_metadata = Forward(plan(None))
+            self.forward_metadata = Forward(self._plan(batch))
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Takes the memory of what the graphs of decode batches read, for as many requests with as many tokens each as
+        there can be."""
+        if max_num_tokens != max_bs:
+            refuse([f"CUDA graphs of {max_num_tokens} tokens for {max_bs} requests"])
+        longest = self.req_to_token_pool.req_to_token.shape[1]
+        room = max_bs, -(-longest // self.page_size), self.page_size, self.device
+        full = [layer for layer in self.layers if layer.layer_id not in self.window_layers]
+        self.graph_plans = GraphPlans(*room, functools.partial(self._attend, full))
+        if self.window_layers:
+            of_window = [layer for layer in self.layers if layer.layer_id in self.window_layers]
+            self.graph_window_plans = GraphPlans(*room, functools.partial(self._attend, of_window))
+            self.graph_window_slots = torch.zeros(max_bs, dtype=torch.int64, device=self.device)
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Writes the plan of a decode batch for its graph, before that is captured and before each replay. It waits for
+        the device as `init_forward_metadata` does; nothing in the graph does."""
+        mode, batch = forward_batch.forward_mode, forward_batch
+        if not mode.is_decode():
+            refuse([f"a CUDA graph of forward_mode {mode.name}"])
+        size = batch.batch_size
+        plan = self.graph_plans.plan_for(size)
+        self._plan(batch, into=plan)
+        self.forward_metadata = Forward(plan)
+        if self.window_layers:
+            window_slots = self.token_to_kv_pool.full_to_swa_index_mapping
+            window_plan = self.graph_window_plans.plan_for(size)
+            self._plan(batch, window_slots, into=window_plan)
+            new_rows, count = self.graph_window_slots[:size], len(batch.out_cache_loc)
+            new_rows[:count].copy_(window_slots[batch.out_cache_loc])
+            new_rows[count:].zero_()  # of requests that pad the batch: slot 0, as in the other pool
+            self.forward_metadata = Forward(plan, window_plan, new_rows)
 
     def forward_decode(
         self,
@@ -110,18 +137,32 @@ class TreeAttentionBackend(AttentionBackend):
     # Prefill, in one piece or in chunks, behind a cached prefix or not: the plan says what the rows are.
     forward_extend = forward_decode
 
-    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> NoReturn:
-        refuse(["CUDA graphs: start with --disable-cuda-graph"])
-
     def init_cpu_graph_state(self, max_bs: int, max_num_tokens: int) -> NoReturn:
         refuse(["CPU graphs: start without --enable-torch-compile"])
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Tokens of the requests that pad a batch under data parallel attention: the one in slot 0, which nothing else
-        uses."""
+        """Tokens of the requests that pad a batch, in a CUDA graph or under data parallel attention: the one in slot 0,
+        which nothing else uses."""
         return 1
 
     get_cpu_graph_seq_len_fill_value = get_cuda_graph_seq_len_fill_value
+
+    def _plan(
+        self, batch: ForwardBatch, window_slots: Tensor | None = None, into: PlanWithRoom | None = None
+    ) -> TreePlan:
+        return make_plan(
+            self.req_to_token_pool.req_to_token, batch.req_pool_indices, batch.seq_lens, page_size=self.page_size,
+            q_lens=None if batch.forward_mode.is_decode() else batch.extend_seq_lens,
+            longest=None if batch.seq_lens_cpu is None else int(batch.seq_lens_cpu.max()),
+            window_slots=window_slots, least_saving=self.least_saving, into=into,
+        )  # fmt: skip
+
+    def _attend(self, layers: list[RadixAttention], plan: PlanWithRoom) -> None:
+        for layer in layers:
+            tree_attention(self._rows(layer, plan.num_rows), *self._pages(layer), plan)
+
+    def _rows(self, layer: RadixAttention, count: int) -> Tensor:
+        return torch.zeros((count, layer.tp_q_head_num, layer.head_dim), dtype=self.dtype, device=self.device)
 
     def _store(self, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         scales = scale_of(layer.k_scale, self.kv_cache_dtype), scale_of(layer.v_scale, self.kv_cache_dtype)
