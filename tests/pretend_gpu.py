@@ -171,6 +171,9 @@ class PretendGpu(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.graph: Graph | None = None  # that is being captured
+        self.broken = False  # its capture was: nothing that ends it succeeds
+        self.pools: list[tuple[int, int]] = []  # that the allocator takes memory from for captures
+        self.stream = Stream()
         self.graphs: list[Graph] = []
         self.properties = SimpleNamespace(
             name=name, major=capability[0], minor=capability[1], total_memory=80 << 30, L2_cache_size=50 << 20,
@@ -196,6 +199,7 @@ class PretendGpu(TorchDispatchMode):
     def wait(self, what: str) -> None:
         self.waits.append(what)
         if self.capturing:
+            self.broken = True
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -217,7 +221,7 @@ class PretendGpu(TorchDispatchMode):
         patch("mem_get_info", lambda device=None: (75 << 30, 80 << 30))
         patch("memory_reserved", lambda device=None: 0)
         patch("memory_allocated", lambda device=None: 0)
-        patch("empty_cache", lambda: None)
+        patch("empty_cache", self._empty_cache)
         patch("synchronize", lambda device=None: gpu.wait("synchronize"))
         patch("is_current_stream_capturing", lambda: gpu.capturing)
         patch("_sleep", lambda cycles: None)
@@ -225,7 +229,11 @@ class PretendGpu(TorchDispatchMode):
         patch("Event", Event)
         patch("Stream", Stream)
         patch("stream", lambda stream: contextlib.nullcontext())
-        patch("current_stream", lambda device=None: Stream())
+        patch("current_stream", lambda device=None: gpu.stream)
+        patch("set_stream", lambda stream: setattr(gpu, "stream", stream))
+        patch("graph_pool_handle", lambda: (0, len(gpu.graphs) + 1))
+        stack.enter_context(mock.patch("torch._C._cuda_endAllocateToPool", self._end_pool, create=True))
+        stack.enter_context(mock.patch("torch._C._cuda_releasePool", create=True))
         patch("CUDAGraph", lambda keep_graph=False: Graph())
         patch("graph", self._capture)
         torch._C._ensureCUDADeviceGuardSet()  # for code in C++ that asks for one, of a torch without CUDA
@@ -240,13 +248,30 @@ class PretendGpu(TorchDispatchMode):
         self._patches.close()
 
     @contextlib.contextmanager
-    def _capture(self, graph: Graph, stream: object = None) -> Iterator[None]:
-        self.graph = graph
+    def _capture(self, graph: Graph, pool: tuple[int, int] = (1, 0), stream: object = None) -> Iterator[None]:
+        """As torch.cuda.graph, until 2.12 also where the capture was broken: the stream stays, and the pool's part."""
+        before, self.broken = self.stream, False
+        torch.cuda.empty_cache()
+        self.graph, self.stream = graph, stream or Stream()
         self.graphs.append(graph)
+        self.pools.append(pool)
         try:
             yield
         finally:
             self.graph = None
+            if self.broken:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            self._end_pool(0, pool)
+            self.stream = before
+
+    def _end_pool(self, device: int, pool: tuple[int, int]) -> None:
+        if pool not in self.pools:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools.remove(pool)
+
+    def _empty_cache(self) -> None:
+        if self.pools:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
 
 class Graph:

@@ -1,13 +1,15 @@
 """`python -m benchmarks.gpu.bench`: times the cases of a grid, in one process; a line of JSON for each on --out.
 
-Run by the stage `bench`, which starts it again behind a case that took the process down. A line {"begin": name} stands
-before the entry of a case; {"ceilings": ...} comes first, and again at the end.
+Run by the stage `bench`, which starts it again where a method took the process down, or did not end. A line
+{"begin": name} stands before the entry of a case, behind it {"method": name} for each that is tried, "" while they are
+timed; {"ceilings": ...} comes first, and again at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import gc
 import json
 import os
@@ -37,6 +39,7 @@ from .cases import grid, tree_cases
 from .scoring import scoring_cases
 
 OURS = "ours"
+MOST_SECONDS = {"cuda": 60, "cpu": 240}  # of a case: a kernel that never ends would take all the stage's time
 
 
 class Wrong(Exception):
@@ -50,6 +53,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="only call the peers that torch compiles, once each")
     parser.add_argument("--names", type=Path, help="a file with the names of the cases to run, as JSON; default all")
     parser.add_argument("--only-ours", action="store_true", help="without peers")
+    parser.add_argument("--without", type=Path, help="a file with names of peers, and why they are left out, as JSON")
     given = parser.parse_args()
     chosen = grid(given.grid)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,12 +61,16 @@ def main() -> int:
     if given.names:
         names = set(json.loads(given.names.read_text()))
         cases = [case for case in cases if case.name in names]
+    without = json.loads(given.without.read_text()) if given.without else {}
     if given.compile:
         return compile_peers(cases)
     with given.out.open("a") as out:
 
         def write(line: dict) -> None:
             print(json.dumps(line, allow_nan=False), file=out, flush=True)
+
+        def begin(method: str) -> None:
+            write({"method": method})
 
         ceilings = measure_ceilings(device, chosen)
         write({"ceilings": ceilings})
@@ -72,10 +80,13 @@ def main() -> int:
         for case in cases:
             write({"begin": case.name})
             start = time.perf_counter()
-            entry = measure(case, device, ceilings, chosen["samples"], given.only_ours)
+            faulthandler.dump_traceback_later(MOST_SECONDS[device.type], exit=True)
+            entry = measure(case, device, ceilings, chosen["samples"], given.only_ours, without, begin)
+            faulthandler.cancel_dump_traceback_later()
             write({"case": entry | {"seconds": time.perf_counter() - start}})
             print(f"{time.perf_counter() - start:5.1f} s  {case.name}: {entry['status']}", flush=True)
             gc.collect()
+            expect_sound(device)  # and all memory is there for the next
         write({"ceilings_after": measure_ceilings(device, chosen)})
     return 0
 
@@ -108,9 +119,18 @@ def measure_ceilings(device: torch.device, chosen: dict) -> dict:
     return {"bytes_per_s": read_bandwidth(1 << 24, 0.01), "flops_per_s": rates, "cache_bytes": 0}
 
 
-def measure(case, device: torch.device, ceilings: dict, samples: int, only_ours: bool) -> dict:
+def measure(
+    case,
+    device: torch.device,
+    ceilings: dict,
+    samples: int,
+    only_ours: bool,
+    without: dict[str, str] | None = None,
+    begin: Callable[[str], object] = str,
+) -> dict:
     """The entry of a case. Nothing is timed before its result was seen to be right, from the eager call and from the
-    captured graph; where ours is wrong, nothing of the case is."""
+    captured graph; where ours is wrong, nothing of the case is. `without`: why some peers are left out; `begin` is
+    called with each method's name, and "" before they are timed."""
     memory, compute = case.least_bytes / ceilings["bytes_per_s"], case.flops / ceilings["flops_per_s"][case.dtype]
     entry = {
         "name": case.name,
@@ -127,31 +147,41 @@ def measure(case, device: torch.device, ceilings: dict, samples: int, only_ours:
         "missing": {},
         "wrong": {},
     }
+    begin(OURS)
     try:
         trial = Trial(case, device, ceilings)
         trial.add(OURS, case.ours, case.least_bytes, ours=True)
     except Wrong as wrong:
         return entry | {"status": "wrong", "wrong": {OURS: str(wrong)}}
     except Exception as failure:
-        synchronize(device)  # raises, and ends the process, where the device is lost
+        expect_sound(device)
         return entry | {"status": "failed", "wrong": {OURS: last_line(failure)}}
     entry["sets"] = len(trial.sets)
     for peer in () if only_ours else case.peers:
+        begin(peer.NAME)
         try:
-            if reason := peer.reason_against(case):
+            if reason := (without or {}).get(peer.NAME) or peer.reason_against(case):
                 entry["missing"][peer.NAME] = reason
             else:
                 trial.add(peer.NAME, peer.prepare, peer.bytes_read(case), ours=getattr(peer, "OURS", False))
         except Wrong as wrong:
             entry["wrong"][peer.NAME] = str(wrong)
         except Exception as failure:
-            synchronize(device)
+            expect_sound(device)
             entry["missing"][peer.NAME] = last_line(failure)
+    begin("")
     entry["methods"] = trial.time(samples)
     entry["methods"][OURS] |= case.told(trial.sets[0], ceilings)
     for method in entry["methods"].values():
         method["of_floor"] = entry["floor_s"] / method["cold"]["median"]
     return entry
+
+
+def expect_sound(device: torch.device) -> None:
+    """Raises, and so ends the process, where the device is lost, or torch can capture nothing any more."""
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Trial:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from tts_kernels import scoring
 from tts_kernels.integrations.transformers_tree import TreeModel
+from tts_kernels.measure.timing import capturing
 from tts_kernels.scoring import ScoreHead
 from tts_kernels.tree.plan import LENGTH, PAGE_BEGIN, PARENT, TreePlan
 
@@ -134,7 +135,7 @@ class Replayed:
             step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with capturing(self.graph):
             self.out = step()
 
     def __call__(self) -> Tensor:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from tts_kernels.configs import KEYS
 
 from ..machine import ROOT
 from . import cases
-from .bench import all_cases
+from .bench import OURS, all_cases
 
 WORK = ROOT / "build" / "gpu"
 SHARDS = 14  # of the tests: they compile as they go, one kernel after the other in each
@@ -117,6 +118,15 @@ def judge(result: Result, done: Done, name: str) -> Result:
         result.fail(f"{name}: exit status {done.code}")
         result.lines += done.tail
     return result
+
+
+def ending(done: Done) -> str:
+    """What a process that went down said last."""
+    if re.search(r"^Timeout \(", done.output, re.MULTILINE):  # faulthandler's, with exit=True
+        return "it did not end"
+    # Torch adds lines of advice to CUDA's errors.
+    raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", done.output, re.MULTILINE)
+    return f"status {done.code}: {(raised or done.tail or [''])[-1]}"[:200]
 
 
 def build(run: Run, end: float) -> Result:
@@ -219,18 +229,21 @@ def sanitize(run: Run, end: float) -> Result:
 
 
 def bench(run: Run, end: float) -> Result:
-    """Starts benchmarks.gpu.bench again where a case took its process down: once without peers for that case, then
-    behind it."""
-    lines, names = WORK / "bench.jsonl", WORK / "bench-names.json"
+    """Starts benchmarks.gpu.bench again where a method took its process down or did not end. A peer is left out from
+    there on; a case is where it was ours; where it came while all were timed, the case is run without peers first."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    lines, names, left_out = WORK / "bench.jsonl", WORK / "bench-names.json", WORK / "bench-without.json"
     lines.unlink(missing_ok=True)
     everything = [case.name for case in all_cases(cases.grid(run.grid), "cuda")]
     todo = list(everything)
-    result, crashed = Result(), {}
+    result, alone, without = Result(), {}, {}
     for attempt in range(RESTARTS + 1):
-        alone = [name for name in todo[:1] if name in crashed]
-        names.write_text(json.dumps(alone or todo))
-        command = python("-m", "benchmarks.gpu.bench", "--grid", run.grid, "--out", str(lines), "--names", str(names))
-        done = Job(run, f"bench-{attempt}", command + ["--only-ours"] * bool(alone)).wait(end)
+        only_ours = [name for name in todo[:1] if name in alone]
+        names.write_text(json.dumps(only_ours or todo))
+        left_out.write_text(json.dumps(without))
+        files = ["--out", str(lines), "--names", str(names), "--without", str(left_out)]
+        command = python("-m", "benchmarks.gpu.bench", "--grid", run.grid, *files)
+        done = Job(run, f"bench-{attempt}", command + ["--only-ours"] * bool(only_ours)).wait(end)
         found = read_lines(lines)
         finished = {line["case"]["name"] for line in found if "case" in line}
         begun = [line["begin"] for line in found if "begin" in line]
@@ -240,21 +253,26 @@ def bench(run: Run, end: float) -> Result:
             break
         if done.code:
             name = begun[-1] if begun and begun[-1] in todo else None
-            result.fail(f"crashed in {name or 'no case'}: {' '.join(done.tail)[:200]}")
+            last = next((line for line in reversed(found) if "begin" in line or "method" in line), {})
+            method = last.get("method", "")
+            why = ending(done)
+            result.fail(f"crashed in {f'{name}, {method or None}' if name else 'no case'}: {why}"[:300])
             if name is None:
                 break
-            if name in crashed:  # without peers too
+            if method == OURS or name in alone:
                 todo.remove(name)
+            elif method:
+                without[method] = f"it took the process down in {name}: {why}"[:300]
             else:
                 todo = [name, *(other for other in todo if other != name)]
-            crashed[name] = done.tail[-1] if done.tail else ""
+                alone[name] = why
         if not todo:
             break
     found = read_lines(lines)
     entries = [line["case"] for line in found if "case" in line]
     for entry in entries:
-        if entry["name"] in crashed:
-            entry["missing"]["peers"] = f"one took the process down: {crashed[entry['name']]}"
+        if entry["name"] in alone:
+            entry["missing"]["peers"] = f"one took the process down: {alone[entry['name']]}"
         for method, text in entry["wrong"].items():
             what = "failed" if entry["status"] == "failed" else "wrong result"
             result.fail(f"{what}: {method}, {entry['name']}: {text}")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # plain `pytest` does not have it
 pytest.importorskip("transformers")
 pytest.importorskip("tts_kernels.measure.compiling", exc_type=ImportError)
 from benchmarks.gpu import bench, cases, loops, models, page, parts, record  # noqa: E402
-from benchmarks.peers import portable  # noqa: E402
+from benchmarks.peers import portable, unshared  # noqa: E402
 from tts_kernels import KVTree, tree_attention  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -260,6 +260,29 @@ def test_cases_of_the_bench_on_a_gpu(gpu, case, monkeypatch):
     record.check(entry | {"seconds": 1.0}, record.SCHEMA["$defs"]["case"], "case")
 
 
+def test_a_peer_that_cannot_be_captured_costs_nobody_else_a_time(gpu, monkeypatch):
+    case = next(case for case in bench.all_cases(cases.grid("dry"), "cuda") if case.op == "tree_attention")
+
+    def prepare(inputs):
+        attend = unshared.prepare(inputs)
+
+        def run():
+            torch.cuda.synchronize()
+            return attend()
+
+        return run
+
+    waits = SimpleNamespace(NAME="waits", prepare=prepare, reason_against=lambda _: "", bytes_read=unshared.bytes_read)
+    monkeypatch.setattr(type(case), "peers", (waits, unshared))
+    ceilings = {"bytes_per_s": 1e12, "flops_per_s": {"fp32": 1e12}, "cache_bytes": 10 << 10}
+    begun = []
+    entry = bench.measure(case, torch.device("cuda"), ceilings, 2, False, begin=begun.append)
+    assert list(entry["methods"]) == ["ours", "ours, not shared"] and begun == ["ours", "waits", "ours, not shared", ""]
+    assert "synchronize: operation not permitted when stream is capturing" in entry["missing"]["waits"]
+    left_out = bench.measure(case, torch.device("cuda"), ceilings, 2, False, {"waits": "it hangs"})
+    assert left_out["missing"] == {"waits": "it hangs"} and len(left_out["methods"]) == 2
+
+
 def test_what_the_gpu_that_is_not_there_finds(gpu):
     x, host = torch.arange(4.0, device="cuda"), torch.ones(4)
     with pytest.raises(RuntimeError, match="expected all tensors on cuda:0, got one on cpu"):
@@ -273,6 +296,10 @@ def test_what_the_gpu_that_is_not_there_finds(gpu):
     with torch.cuda.graph(graph):
         y = x * 2
         z = y[1:] + 1
+    with pytest.raises(RuntimeError, match="previous error"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="captures_underway"):  # as torch is, before 2.12
+        torch.cuda.empty_cache()
     x.fill_(5.0)
     graph.replay()
     assert y.tolist() == [10.0] * 4 and z.tolist() == [11.0] * 3

@@ -50,6 +50,20 @@ CRASH = """
 
     unshared.prepare = crash
 """
+HANG = """
+    import faulthandler, time
+    from benchmarks.gpu import cases
+
+    later, ours = faulthandler.dump_traceback_later, cases.TreeCase.ours
+    faulthandler.dump_traceback_later = lambda seconds, exit: later(min(seconds, 8), exit=exit)
+
+    def hang(case, given):
+        if case.num_rows == 3:
+            time.sleep(100)
+        return ours(case, given)
+
+    cases.TreeCase.ours = hang
+"""
 
 
 def run(folder, *arguments, plant=""):
@@ -126,10 +140,23 @@ def test_a_crash_hides_nothing(tmp_path):
     assert done.returncode == 1
     entries = by_name(written)
     assert len(entries) == len(all_cases(cases.grid("dry"), "cpu")) and not written["stages"]["bench"]["not_run"]
-    assert list(entries[STAR]["methods"]) == ["ours"]  # again, without peers
-    assert entries[STAR]["missing"]["peers"] == "one took the process down: gone"
-    assert f"crashed in {STAR}" in written["stages"]["bench"]["lines"][0]
-    assert all(len(e["methods"]) > 1 for name, e in entries.items() if name != STAR)
+    # Again, without the peer that did it; the others are there, in this case too.
+    why = f"it took the process down in {STAR}: status 77: gone"
+    assert entries[STAR]["missing"]["ours, not shared"] == why and "two-pass flash" in entries[STAR]["methods"]
+    assert written["stages"]["bench"]["lines"] == [f"crashed in {STAR}, ours, not shared: status 77: gone"]
+    assert all(e["status"] == "ok" and "ours" in e["methods"] for e in entries.values())
+    stars = [e for name, e in entries.items() if " star " in name]
+    assert len(stars) == 3 and all(e["missing"]["ours, not shared"] == why and len(e["methods"]) > 2 for e in stars)
+    record.check(written)
+
+
+def test_a_case_that_does_not_end_hides_nothing(tmp_path):
+    done, written = run(tmp_path, "--stages", "bench", plant=HANG)
+    assert done.returncode == 1
+    bench = written["stages"]["bench"]
+    assert bench["not_run"] == [STAR] and bench["status"] == "failed"
+    assert bench["lines"] == [f"crashed in {STAR}, ours: it did not end"]
+    assert len(by_name(written)) == len(all_cases(cases.grid("dry"), "cpu")) - 1
     record.check(written)
 
 

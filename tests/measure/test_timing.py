@@ -55,9 +55,10 @@ class FakeCuda:
                 cuda.idle = False
 
         self.Event, self.CUDAGraph = Event, CUDAGraph
+        self.current_stream, self.graph_pool_handle = (lambda: None), (lambda: (0, 1))
 
     @contextmanager
-    def graph(self, graph):
+    def graph(self, graph, pool):
         self.capturing = graph
         yield
         self.capturing = None

@@ -10,12 +10,13 @@ sample, in an order that rotates: whatever else happens to the device meets all 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,7 +69,7 @@ class CapturedGraph:
         self.cuda, self.num_calls = cuda, len(calls)
         self.graph = cuda.CUDAGraph(keep_graph=True)
         self.outputs: list[Tensor] = []
-        with cuda.graph(self.graph):
+        with capturing(self.graph, cuda):
             for call in calls:
                 self.outputs.append(call())
         nodes = graph_nodes(self.graph)
@@ -87,6 +88,31 @@ class CapturedGraph:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3 / (replays * self.num_calls)
+
+
+_broken_off: list[object] = []  # graphs that were never finished: what torch keeps of their captures refers to them
+
+
+@contextlib.contextmanager
+def capturing(graph, cuda=torch.cuda) -> Iterator[None]:
+    """torch.cuda.graph, which says what broke a capture off, and after which others are possible. By itself torch,
+    until 2.12, stays on the stream of such a capture and takes it for one that goes on: no memory is given back any
+    more, and no other capture begins."""
+    before, pool, first = cuda.current_stream(), cuda.graph_pool_handle(), None
+    try:
+        with cuda.graph(graph, pool=pool):
+            try:
+                yield
+            except Exception as error:
+                first = error
+                raise
+    except Exception as error:
+        cuda.set_stream(before)
+        with contextlib.suppress(RuntimeError):  # there is nothing to end where torch has ended it
+            torch._C._cuda_endAllocateToPool(cuda.current_device(), pool)
+            _broken_off.append(graph)
+            torch._C._cuda_releasePool(cuda.current_device(), pool)
+        raise first or error from None
 
 
 def graph_nodes(graph) -> int | None:
