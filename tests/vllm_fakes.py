@@ -3,7 +3,10 @@ installed. That they are vLLM's own is shown by the tests that run vLLM itself."
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
@@ -15,6 +18,18 @@ M = TypeVar("M")
 class AttentionType(str, Enum):
     DECODER = "decoder"
     ENCODER_ONLY = "encoder_only"
+
+
+class AttentionCGSupport(Enum):
+    UNIFORM_SINGLE_TOKEN_DECODE = 1
+
+
+class CUDAGraphMode(Enum):
+    PIECEWISE = 1
+    FULL_AND_PIECEWISE = 2
+
+    def has_full_cudagraphs(self) -> bool:
+        return self is CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ def install(monkeypatch) -> None:
     REGISTERED.clear()
     modules = {
         "vllm.v1.attention.backend": (
-            AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf,
+            AttentionBackend, AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf,
         ),
         "vllm.v1.attention.backends.registry": (AttentionBackendEnum, register_backend),
         "vllm.v1.attention.backends.utils": (get_num_attention_heads_from_layers,),
@@ -74,3 +89,13 @@ def install(monkeypatch) -> None:
         for member in members:
             setattr(module, member.__name__, member)
         monkeypatch.setitem(sys.modules, name, module)
+
+
+@contextmanager
+def imported(monkeypatch) -> Iterator[ModuleType]:
+    """tts_kernels.integrations.vllm on these names."""
+    install(monkeypatch)
+    name = "tts_kernels.integrations.vllm"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)

@@ -1,6 +1,5 @@
 """The backend for vLLM: its parts on vLLM's tensors, against a plain softmax; vLLM itself, where it is installed."""
 
-import importlib
 import importlib.util
 import json
 import math
@@ -13,87 +12,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm_fakes
-
-HQ, HKV, D, BLOCK, BLOCKS = 6, 2, 32, 4, 40
-FP8 = torch.float8_e4m3fn
-
-# (blocks, tokens, rows): four that share a prompt of three blocks, two of them a block more; a chunk of a prefill whose
-# prompt is shared too; a whole prefill; padding behind them.
-BATCH = [
-    ([7, 3, 5, 1], 14, 1),
-    ([7, 3, 5, 2], 13, 1),
-    ([20, 21], 8, 8),
-    ([7, 3, 5, 8, 9], 19, 1),
-    ([7, 3, 5, 8, 10], 17, 1),
-    ([7, 3, 5, 30, 31, 32], 22, 9),
-    ([33], 0, 0),
-]
+from vllm_batches import (
+    BATCH,
+    BLOCK,
+    BLOCKS,
+    FP8,
+    HKV,
+    HQ,
+    D,
+    builder_of,
+    common_metadata,
+    empty_cache,
+    plain,
+    slots_of,
+)
 
 
 @pytest.fixture
 def plugin(monkeypatch):
-    vllm_fakes.install(monkeypatch)
-    monkeypatch.delitem(sys.modules, "tts_kernels.integrations.vllm", raising=False)
-    yield importlib.import_module("tts_kernels.integrations.vllm")
-    sys.modules.pop("tts_kernels.integrations.vllm", None)
-
-
-def empty_cache(dtype, layout):
-    """[blocks, Hkv, block, 2 D], as vLLM lays it out, NaN in it."""
-    shape = (BLOCKS, HKV, BLOCK, 2 * D) if layout == "heads first" else (BLOCKS, BLOCK, HKV, 2 * D)
-    raw = torch.full(shape, math.nan).to(dtype)
-    raw = raw.view(torch.uint8) if dtype == FP8 else raw  # vLLM keeps fp8 as bytes
-    return raw if layout == "heads first" else raw.transpose(1, 2)
-
-
-def common_metadata(batch, causal=True):
-    table = torch.full((len(batch), 8), 2_000_000_000, dtype=torch.int32)
-    for row, (blocks, tokens, _) in enumerate(batch):
-        used = -(-tokens // BLOCK)
-        table[row, :used] = torch.tensor(blocks[:used], dtype=torch.int32)
-    starts = [0]
-    for *_, rows in batch:
-        starts.append(starts[-1] + rows)
-    return SimpleNamespace(
-        num_reqs=len(batch), num_actual_tokens=starts[-1], causal=causal, block_table_tensor=table,
-        query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
-        seq_lens=torch.tensor([tokens for _, tokens, _ in batch], dtype=torch.int32),
-    )  # fmt: skip
-
-
-def builder_of(plugin, dtype=torch.float32, kv_dtype=None):
-    spec = SimpleNamespace(block_size=BLOCK, head_size=D, num_kv_heads=HKV, dtype=kv_dtype or dtype)
-    model = SimpleNamespace(dtype=dtype, get_num_attention_heads=lambda parallel: HQ)
-    config = SimpleNamespace(model_config=model, parallel_config=None)
-    return plugin.TreeBuilder(spec, ["layer"], config, torch.device("cpu"))
-
-
-def slots_of(blocks, first, last):
-    return [blocks[i // BLOCK] * BLOCK + i % BLOCK for i in range(first, last)]
-
-
-def plain(q, k, v, batch, *, scale, causal, window, softcap, sinks):
-    """One softmax for each row, in float64. k, v: by slot, [BLOCKS * BLOCK, Hkv, D]."""
-    out, row = torch.zeros(q.shape, dtype=torch.float64), 0
-    for blocks, tokens, rows in batch:
-        slots = slots_of(blocks, 0, tokens)
-        keys = k[slots].double().repeat_interleave(HQ // HKV, 1)
-        values = v[slots].double().repeat_interleave(HQ // HKV, 1)
-        for position in range(tokens - rows, tokens):
-            score = torch.einsum("hd,thd->ht", q[row].double(), keys) * scale
-            if softcap:
-                score = softcap * torch.tanh(score / softcap)
-            at = torch.arange(tokens)
-            hidden = (at > position) & causal
-            if window:
-                hidden |= at <= position - window
-            score[:, hidden] = -math.inf
-            if sinks is not None:
-                score = torch.cat([score, sinks.double()[:, None]], 1)
-            weight = score.softmax(1)[:, :tokens]
-            out[row] = torch.einsum("ht,thd->hd", weight, values)
-            row += 1
-    return out
+    with vllm_fakes.imported(monkeypatch) as module:
+        yield module
 
 
 @pytest.mark.parametrize("layout", ["heads first", "tokens first"])
@@ -218,30 +156,62 @@ CASES = {
         "engine": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
         "temperature": 0.0,
     },
+    "full graphs": {"dtype": "float32", "graphs": [1, 4, 8, 16, 21], "engine": {"max_num_seqs": 21}},
 }  # fmt: skip
+CASES["full graphs, windows and little memory"] = CASES["softcap"] | CASES["full graphs"]
+CASES["full graphs, windows and little memory"]["engine"] = {"max_num_seqs": 21, "num_gpu_blocks_override": 80}
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
+def run_vllm(folder, case, registered_as=None):
+    """What tests/vllm_run.py prints. registered_as: the name of our backend, where it is in the process."""
+    config = folder / "case.json"
+    config.write_text(json.dumps({"sizes": {}, "engine": {}, "temperature": 0.8, "base": SIZES, "graphs": []} | case))
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TTS_KERNELS_VLLM")}
+    if registered_as:
+        environment["TTS_KERNELS_VLLM"] = registered_as
+    run = [sys.executable, str(Path(__file__).parents[1] / "vllm_run.py"), str(config), str(folder / "model")]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_same_samples(ours, theirs):
+    assert ours["tokens"] == theirs["tokens"]
+    torch.testing.assert_close(torch.tensor(ours["logprobs"]), torch.tensor(theirs["logprobs"]), rtol=1e-4, atol=1e-3)
+
+
 @needs_vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM here is one for GPUs")
 @pytest.mark.parametrize("name", CASES)
 def test_vllm_samples_the_same_tokens(name, tmp_path):
     """Prompts that share, chunked prefills, several samples each, twice over, so that the second time finds prefixes in
-    vLLM's cache: from one seed, equal tokens and log-probabilities with its own backend for CPUs and with ours."""
-    config = tmp_path / "case.json"
-    config.write_text(json.dumps({"sizes": {}, "engine": {}, "temperature": 0.8, "base": SIZES} | CASES[name]))
-    told = {}
-    for backend in ("vLLM's", "ours"):
-        environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TTS_KERNELS_VLLM")}
-        if backend == "ours":
-            environment["TTS_KERNELS_VLLM"] = "CPU_ATTN"
-        run = [sys.executable, str(Path(__file__).parents[1] / "vllm_run.py"), str(config), str(tmp_path / "model")]
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-        told[backend] = json.loads(done.stdout.splitlines()[-1])
-    assert told["vLLM's"]["plans"] == 0 < told["ours"]["plans"]
-    assert told["ours"]["read"] < 0.7 * told["ours"]["held"]  # sharing was found
-    assert told["ours"]["tokens"] == told["vLLM's"]["tokens"]
-    torch.testing.assert_close(
-        torch.tensor(told["ours"]["logprobs"]), torch.tensor(told["vLLM's"]["logprobs"]), rtol=1e-4, atol=1e-3
-    )
+    vLLM's cache: from one seed, equal tokens and log-probabilities with its own backend for CPUs and with ours. Full
+    graphs: vLLM's runner on a CPU has none, vllm_graphs.py gives it what repeats a captured call of the model."""
+    theirs, ours = run_vllm(tmp_path, CASES[name]), run_vllm(tmp_path, CASES[name], "CPU_ATTN")
+    assert theirs["plans"] == 0 < ours["plans"]
+    assert ours["read"] < 0.7 * ours["held"]  # sharing was found
+    assert_same_samples(ours, theirs)
+    graphs = CASES[name].get("graphs", [])
+    assert ours["captured"] == graphs and set(ours["replayed"]) == set(graphs)
+    if graphs:
+        assert ours["groups"] == (2 if "architecture" in CASES[name] else 1)  # of layers, each with a builder
+
+
+@pytest.mark.gpu
+@needs_vllm
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["float32", "softcap"])
+def test_vllm_on_a_gpu_samples_the_same_tokens_from_full_graphs(name, tmp_path):
+    sizes = [1, 4, 8, 16, 21]
+    engine = {"max_num_seqs": 21, "gpu_memory_utilization": 0.3, "attention_backend": "CUSTOM"}
+    full = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    theirs = run_vllm(tmp_path, CASES[name] | {"engine": engine | {"attention_backend": "TRITON_ATTN"}})
+    eager = run_vllm(tmp_path, CASES[name] | {"engine": engine}, "CUSTOM")
+    engine |= {"enforce_eager": False, "compilation_config": full}
+    graphs = run_vllm(tmp_path, CASES[name] | {"engine": engine}, "CUSTOM")
+    assert theirs["plans"] == 0 < eager["plans"] and not eager["captured"]
+    assert graphs["captured"] == sizes and graphs["replayed"]
+    assert_same_samples(eager, theirs)
+    assert_same_samples(graphs, theirs)

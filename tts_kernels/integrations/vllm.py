@@ -8,21 +8,25 @@ where this package is installed: it registers itself through vLLM's plugins. vLL
 whatever is asked for, so there TTS_KERNELS_VLLM=CPU_ATTN puts the backend into its place (any name of vLLM's
 AttentionBackendEnum will do).
 
-A plan is built in every step, for all layers of a KV cache group: on a GPU that waits for the device once. Attention
-runs outside of CUDA graphs (piecewise graphs are fine). Refused, with vLLM's own list of reasons or by name: encoders,
-cross attention, ALiBi, MLA, fp8 other than e4m3, KV quantised per head, context parallelism, fused output quantisation.
+A plan is built in every step, for all layers of a KV cache group: on a GPU that waits for the device once. Where a full
+CUDA graph is captured (decode of one token for each request), the plan has room for any batch of so many requests, and
+is written before each replay. Prefills, mixed batches and drafts run outside of full graphs; piecewise ones are fine.
+
+Refused, with vLLM's own list of reasons or by name: encoders, cross attention, ALiBi, MLA, fp8 other than e4m3, KV
+quantised per head, context parallelism, fused output quantisation.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -32,9 +36,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
 from tts_kernels.attention import api, tables
+from tts_kernels.attention.work import Work
 from tts_kernels.tree.plan import TreePlan
+from tts_kernels.tree.room import PlanWithRoom, Room, plan_with_room
 
 FP8 = ("fp8", "fp8_e4m3")
+DEPTH = 4  # of the plans of captured graphs: what requests share deeper is read by each of them
 
 
 def register() -> None:
@@ -96,29 +103,80 @@ class TreeMetadata:
 
 
 class TreeBuilder(AttentionMetadataBuilder[TreeMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         model, spec = vllm_config.model_config, kv_cache_spec
         num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         num_heads = num_heads or model.get_num_attention_heads(vllm_config.parallel_config)
         self.block_size = spec.block_size
-        q = torch.empty(0, num_heads, spec.head_size, dtype=model.dtype, device=device)
-        cache = torch.empty(0, spec.block_size, spec.num_kv_heads, spec.head_size, dtype=spec.dtype, device=device)
-        self.least_saving = tables.least_saving(q, cache)
+        kv_dtype = torch.float8_e4m3fn if spec.dtype == torch.uint8 else spec.dtype  # vLLM keeps fp8 as bytes
+        self.q = torch.empty(0, num_heads, spec.head_size, dtype=model.dtype, device=device)
+        self.cache = torch.empty(0, spec.block_size, spec.num_kv_heads, spec.head_size, dtype=kv_dtype, device=device)
+        self.least_saving = tables.least_saving(self.q, self.cache)
+        # One graph runs at a time, and its plan is written before: all lie in the memory of the largest so far.
+        self.captured: dict[int, PlanWithRoom] = {}  # by the number of requests
+        self.memory = torch.empty(0, dtype=torch.int32, device=device)  # of their tables
+        self.most_work: dict[tuple, Work] = {}  # whose scratch the others use, by geometry
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TreeMetadata:
-        c = common_attn_metadata
+        c, config = common_attn_metadata, self.vllm_config.compilation_config
+        # Of what will be captured too: vLLM warms a size up with this before.
+        full = config.cudagraph_mode is not None and config.cudagraph_mode.has_full_cudagraphs()
+        captured = c.num_reqs in self.captured or (full and c.num_reqs in config.cudagraph_capture_sizes)
+        return self.make(c, captured and c.max_query_len == 1)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata) -> TreeMetadata:
+        longest = common_attn_metadata.max_query_len
+        if longest != 1:
+            raise NotImplementedError(f"max_query_len: expected 1 in a batch that is captured, got {longest}")
+        return self.make(common_attn_metadata, True)
+
+    def make(self, c, captured: bool) -> TreeMetadata:
+        """Of vLLM's CommonAttentionMetadata. captured: by the plan that the graph for so many requests reads; those
+        that pad a batch have no row of their own (out = 0)."""
         if not isinstance(c.causal, bool):
             raise NotImplementedError("causal: expected one value for the whole batch, got one for each request")
+        table = c.block_table_tensor[: c.num_reqs]
+        if captured and c.num_reqs not in self.captured:
+            self.captured[c.num_reqs] = self.plan_with_room(*table.shape, c.causal)
         plan = TreePlan.from_block_table(
-            c.block_table_tensor[: c.num_reqs],
+            table,
             c.seq_lens[: c.num_reqs],
             page_size=self.block_size,
             q_lens=c.query_start_loc_cpu[: c.num_reqs + 1].diff(),
             causal=c.causal,
             least_saving=self.least_saving,
+            into=self.captured[c.num_reqs] if captured else None,
         )
         return TreeMetadata(plan, plan.num_rows)
+
+    def plan_with_room(self, num_reqs: int, most_blocks: int, causal: bool) -> PlanWithRoom:
+        """Of any batch of so many requests, with the work list of the kernels, which a capture could not make."""
+        one_token_each = [-1] * num_reqs, [1] * num_reqs, [[0]] * num_reqs, [1] * num_reqs
+        plan = TreePlan.from_nodes(*one_token_each, page_size=self.block_size, causal=causal)
+        room = Room(2 * num_reqs, num_reqs, num_reqs * most_blocks, DEPTH)
+        if self.memory.numel() < room.table_size:
+            with torch.inference_mode(False):  # else it could not be written outside of inference mode
+                self.memory = torch.zeros(room.table_size, dtype=torch.int32, device=self.device)
+        plan = plan_with_room(plan, room, self.device, self.memory)
+        backend = api.BACKENDS.choose("tree_attention", self.q, self.cache, self.cache)
+        api.work_of(plan, self.q, self.cache, self.cache, backend)
+        for key, work in plan.works.items():
+            plan.works[key] = self.share_scratch(key, work)
+        return plan
+
+    def share_scratch(self, key: tuple, work: Work) -> Work:
+        """With the scratch of the largest, and as many places for states as that has: then the counters behind them,
+        which are 0 between calls, lie where its own do."""
+        if key not in self.most_work or self.most_work[key].num_states < work.num_states:
+            self.most_work[key] = work
+        most = self.most_work[key]
+        state = self.q.shape[1] * (self.q.shape[2] + 2)
+        counters = work.scratch.numel() - work.num_states * state
+        scratch = most.scratch[: most.num_states * state + counters]
+        return replace(work, scratch=scratch, num_states=most.num_states)
 
 
 class TreeImpl(AttentionImpl[TreeMetadata]):
