@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from .bench import OURS, all_cases
 
 WORK = ROOT / "build" / "gpu"
 SHARDS = 14  # of the tests: they compile as they go, one kernel after the other in each
-RESTARTS = 8  # of the benchmarks, after crashes
+RESTARTS = 8  # of the benchmarks, and of each shard, after crashes
+LEAST_TEST = 60  # seconds that a test may take at least; else half of the stage's
 START = 20  # seconds until a process has imported torch and begun
 
 
@@ -122,7 +124,7 @@ def judge(result: Result, done: Done, name: str) -> Result:
 
 def ending(done: Done) -> str:
     """What a process that went down said last."""
-    if re.search(r"^Timeout \(", done.output, re.MULTILINE):  # faulthandler's, with exit=True
+    if re.search(r"Timeout \(\d+:\d\d:\d\d\)!", done.output):  # faulthandler's, with exit=True
         return "it did not end"
     # Torch adds lines of advice to CUDA's errors.
     raised = re.findall(r"^[\w.]+(?:Error|Exception): .*", done.output, re.MULTILINE)
@@ -156,21 +158,11 @@ def warm_up(run: Run, end: float) -> Result:
 
 def test(run: Run, end: float) -> Result:
     """Shards of the tests marked gpu, side by side."""
-    chosen = ["tests/measure/test_timing.py"] if run.dry else ["-m", "gpu", "tests"]
     count = 2 if run.dry else min(SHARDS, os.cpu_count() or 1)
-    jobs, logs = [], []
-    for i in range(count):
-        logs.append(WORK / f"test-{i}.jsonl")
-        logs[-1].unlink(missing_ok=True)
-        command = python("-m", "pytest", "-q", "-p", "benchmarks.gpu.shard", "-p", "no:cacheprovider", *chosen)
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        shard = {"TTS_SHARD": f"{i}/{count}", "TTS_SHARD_LOG": str(logs[-1]), "PYTHONPATH": path}
-        shard["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // count, 1))  # the oracle runs on the CPU
-        jobs.append(Job(run, f"test-{i}", command, **shard))
+    with ThreadPoolExecutor(count) as pool:
+        ended = list(pool.map(lambda i: test_shard(run, i, count, end), range(count)))
     result, outcomes = Result(), {}
-    for i, (job, log) in enumerate(zip(jobs, logs)):
-        done = job.wait(end)
-        lines = read_lines(log)
+    for i, (done, lines) in enumerate(ended):
         # A test that failed and then could not be torn down stands there twice.
         for line in lines:
             if "test" in line and outcomes.get(line["test"], {}).get("outcome") != "failed":
@@ -193,6 +185,35 @@ def test(run: Run, end: float) -> Result:
         result.fail("no test passed")
     result.data = {"counts": counts, "failed": failed}
     return result
+
+
+def test_shard(run: Run, i: int, count: int, end: float) -> tuple[Done, list[dict]]:
+    """How its last process ended, and the lines of all: behind a test that took one down, another goes on."""
+    log = WORK / f"test-{i}.jsonl"
+    log.unlink(missing_ok=True)
+    chosen = ["tests/measure/test_timing.py"] if run.dry else ["-m", "gpu", "tests"]
+    plugins = ["-p", "benchmarks.gpu.shard", "-p", "no:cacheprovider"]
+    command = python("-m", "pytest", "-q", "--continue-on-collection-errors", *plugins, *chosen)
+    environment = {
+        "TTS_SHARD": f"{i}/{count}",
+        "TTS_SHARD_LOG": str(log),
+        "TTS_SHARD_SECONDS": f"{max((end - time.monotonic()) / 2, LEAST_TEST):.0f}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)),  # the oracle runs on the CPU
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    for attempt in range(RESTARTS + 1):
+        before = len(read_lines(log))
+        done = Job(run, f"test-{i}-{attempt}", command, **environment).wait(end)
+        lines = read_lines(log)
+        begun = [line["begin"] for line in lines[before:] if "begin" in line]
+        if done.timed_out or not begun or any("exit" in line for line in lines):
+            break
+        if not any(line.get("test") == begun[-1] for line in lines):
+            told = {"test": begun[-1], "outcome": "failed", "error": f"took its process down: {ending(done)}"}
+            with log.open("a") as file:
+                print(json.dumps(told), file=file)
+    return done, read_lines(log)
 
 
 def sanitize(run: Run, end: float) -> Result:

@@ -275,21 +275,59 @@ def test_what_the_sanitizers_say(memcheck, racecheck, status, line, tmp_path, mo
     assert stages.sanitize(stages.Run(False, "full", tmp_path), time.monotonic() + 5).status == "failed"
 
 
+SHARDED = """
+import os, sys, time
+import pytest
+from benchmarks.gpu import shard
+
+sys.modules["hypothesis"] = shard.without_hypothesis()
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+del sys.modules["hypothesis"]  # where it is installed its plugin of pytest asks for it
+
+@st.composite
+def pairs(draw):
+    return draw(st.integers()), 1
+
+@pytest.mark.parametrize("i", range(9))
+def test_it(i):
+    assert i != 3, "three"
+    if i == 4:
+        os._exit(5)
+    if i == 5:
+        time.sleep(100)
+
+@pytest.mark.parametrize("i", [1])
+@settings(max_examples=3)
+@given(pairs(), st.integers(0, 3) | st.just(7))
+def test_drawn(i, pair, n):
+    raise AssertionError
+"""
+
+
 def test_shards_together_run_every_test_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "WORK", tmp_path)
-    monkeypatch.setattr(stages, "ROOT", ROOT)
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('i', range(5))\ndef test_it(i):\n    assert i != 3, 'three'\n"
-    )
+    """Behind one that takes its process down, too, and behind one that does not end; beside a file that is none."""
+    monkeypatch.setattr(stages, "WORK", tmp_path / "work")
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_it.py").write_text(SHARDED)
+    (folder / "test_none.py").write_text("import no_such_module\n")
     original = stages.Job
 
     def here(run, name, command, **environment):
-        return original(run, name, [*command[:-1], str(tmp_path / "test_it.py")], **environment)
+        return original(run, name, [*command[:-1], str(folder)], **environment | {"TTS_SHARD_SECONDS": "5"})
 
     monkeypatch.setattr(stages, "Job", here)
-    result = stages.test(stages.Run(True, "dry", tmp_path), time.monotonic() + 120)
-    assert result.status == "failed" and result.data["counts"] == {"passed": 4, "failed": 1, "skipped": 0}
-    assert result.lines[0] == "4 passed, 1 failed, 0 skipped in 2 shards" and "three" in result.lines[1]
+    result = stages.test(stages.Run(True, "dry", tmp_path), time.monotonic() + 240)
+    assert result.status == "failed" and result.data["counts"] == {"passed": 6, "failed": 4, "skipped": 1}
+    assert result.lines[0] == "6 passed, 4 failed, 1 skipped in 2 shards" and len(result.lines) == 5
+    told = {line["test"].rpartition("::")[2]: line["error"] for line in result.data["failed"]}
+    assert "three" in told.pop("test_it[3]") and "no_such_module" in told.pop("test_none.py")
+    assert told == {
+        "test_it[4]": "took its process down: status 5: ..",
+        "test_it[5]": "took its process down: it did not end",
+    }
 
 
 def test_the_page_is_that_of_the_records():
