@@ -8,10 +8,18 @@ NAME = "sdpa packed"
 
 
 def reason_against(case):
+    return shape_reason(case) or copy_reason(case)
+
+
+def shape_reason(case):
     if case.rows_each != 1:
         return "several rows for each sample"
     if not case.equal_paths:
         return "paths of different lengths"
+    return ""
+
+
+def copy_reason(case):
     return memory_shortage(case.replicated_kv_bytes * 3 // 2, case.device)  # and, for a while, K once more
 
 

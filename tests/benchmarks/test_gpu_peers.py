@@ -62,8 +62,8 @@ class Paged:
             *([table] for table in tables), heads, kv_heads, head_dim, page_size, causal=causal, q_data_type=q_data_type
         )
 
-    def run(self, q, caches):
-        return self.wrapper.run(q, caches)
+    def run(self, q, caches, out):
+        return out.copy_(self.wrapper.run(q, caches))
 
 
 class Cascade(ours.MultiLevelCascadeAttentionWrapper):
@@ -138,6 +138,33 @@ def test_flashinfer_builds_what_it_can(installed, monkeypatch, tmp_path, capsys)
     case = replace(tree_case("star", dtype="bf16"), geometry=Geometry.parse("8/2 d128"))
     assert flashinfer.Cascade("fa2").reason_against(case) == ""
     assert "curand_kernel.h" in flashinfer.Cascade("auto").reason_against(case)
+
+
+def test_flashinfer_that_cannot_be_imported_says_so(installed, monkeypatch, tmp_path):
+    """As without one of the packages that it needs: it is there, and its kernels are not built."""
+    monkeypatch.setitem(sys.modules, "flashinfer.jit", None)
+    monkeypatch.setattr(flashinfer, "ERRORS", tmp_path / "errors.json")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    flashinfer.build({32})
+    why = flashinfer.Unshared().reason_against(tree_case("star", dtype="bf16"))
+    assert why.startswith("its fa2 d32 kernels were not built: import of flashinfer.jit halted")
+
+
+def test_copies_for_each_sample_are_made_once(monkeypatch):
+    """Of a set, for both of torch's kernels: the largest take half of a GPU. Those that do not fit are named."""
+    made, prepare = [], peers.sdpa_packed.prepare
+    monkeypatch.setattr(peers.sdpa_packed, "prepare", lambda inputs: made.append(inputs.which) or prepare(inputs))
+    case = tree_case("star")
+    sets = case.sets(2)
+    for kernel in (peers.sdpa_kernels.FLASH, peers.sdpa_kernels.CUDNN):
+        assert kernel.reason_against(case) == "" and [kernel.prepare(one) for one in sets]
+    assert made == [0, 1]
+    monkeypatch.setattr(peers.sdpa_packed, "memory_shortage", lambda needed, device: f"needs {needed} bytes")
+    monkeypatch.setattr(TreeCase, "peers", (peers.sdpa_kernels.FLASH, peers.unshared))
+    entry = bench.measure(case, torch.device("cpu"), CEILINGS, 2, only_ours=False)
+    needed = case.replicated_kv_bytes * 3 // 2
+    assert entry["missing"]["sdpa flash"].startswith(f"MemoryError: needs {needed} bytes (")
+    assert list(entry["methods"]) == ["ours", "ours, not shared"]
 
 
 @pytest.mark.parametrize("kind", CASES)

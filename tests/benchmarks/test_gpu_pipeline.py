@@ -20,6 +20,7 @@ from benchmarks.gpu import __main__ as pipeline  # noqa: E402
 from benchmarks.gpu import cases, page, record, report, stages  # noqa: E402
 from benchmarks.gpu.bench import all_cases  # noqa: E402
 from tts_kernels import configs  # noqa: E402
+from tts_kernels.measure.timing import set_count  # noqa: E402
 
 STAR = "4/2 d16 fp32 star n=3 prefix=32 suffix=20"
 IN_BENCH = "import sys\nif 'benchmarks.gpu.bench' in sys.orig_argv:\n"
@@ -346,6 +347,10 @@ def test_grids(name):
     assert all(case.least_bytes < 10e9 and case.flops > 0 for case in every)
     trees = [case for case in every if case.op == "tree_attention"]
     assert all(case.whole_pages for case in trees)
+    for case in trees:  # with the copies of it that one peer makes, on an H100
+        sets, copies = (set_count(size, 50 << 20) for size in (case.set_bytes, case.replicated_kv_bytes))
+        taken = 2 * sets * case.set_bytes + min(sets, copies) * case.replicated_kv_bytes
+        assert taken + case.replicated_kv_bytes // 2 < 72 << 30, case.name
     if name == "full":
         assert {case.tree.num_rows for case in trees} >= {1, 2, 4, 8, 16, 32, 64, 128, 256}
         assert {case.params.get("prefix") for case in trees} >= {128, 256, 512, 2048, 8192, 16384, 32768}
