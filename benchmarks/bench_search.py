@@ -14,9 +14,7 @@ from .bench_verification import SIZES, SMALL
 from .measure import OURS, interleave
 
 ONE_BY_ONE = "one question after the other"
-WORDS = (
-    "A tank of water is filled by two pumps in some hours and emptied by a third pump how long does it take to".split()
-)
+TEXT = "A tank of water is filled by two pumps in some hours and emptied by a third pump how long does it take to"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def shape(request):
 
 @pytest.fixture(scope="module")
 def models(shape):
-    tokenizer = seeded.tokenizer(shape.vocabulary, " ".join(WORDS))
+    tokenizer = seeded.tokenizer(shape.vocabulary, TEXT)
     sizes = {"vocab_size": shape.vocabulary, **shape.sizes}
     # Samples of several steps, the last of which is cut off; sums of other sizes round otherwise, and with a
     # temperature a tie to the last bits would part two runs.
@@ -64,10 +62,10 @@ def models(shape):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_search(benchmark, grid, shape, models, name):
     search, settings = SEARCHES[name](shape)
-    # With spaces a word is a token.
-    common = [WORDS[i % len(WORDS)] for i in range(shape.shared)]
+    words = TEXT.split()  # a token each, with the space before it
+    common = [words[i % len(words)] for i in range(shape.shared)]
     questions = [
-        " ".join(common + [WORDS[(i * i + q) % len(WORDS)] for i in range(shape.prompt - shape.shared)])
+        " ".join(common + [words[(i * i + q) % len(words)] for i in range(shape.prompt - shape.shared)])
         for q in range(shape.questions)
     ]
     kept = {}
