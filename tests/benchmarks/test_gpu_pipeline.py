@@ -323,7 +323,7 @@ def test_shards_together_run_every_test_once(tmp_path, monkeypatch):
     result = stages.test(stages.Run(True, "dry", tmp_path), time.monotonic() + 240)
     assert result.status == "failed" and result.data["counts"] == {"passed": 6, "failed": 4, "skipped": 1}
     assert result.lines[0] == "6 passed, 4 failed, 1 skipped in 2 shards" and len(result.lines) == 5
-    told = {line["test"].rpartition("::")[2]: line["error"] for line in result.data["failed"]}
+    told = {line["test"].rpartition("::")[2].rpartition("/")[2]: line["error"] for line in result.data["failed"]}
     assert "three" in told.pop("test_it[3]") and "no_such_module" in told.pop("test_none.py")
     assert told == {
         "test_it[4]": "took its process down: status 5: ..",
