@@ -55,7 +55,7 @@ class Backends:
 
     family      "attention", "scoring": for messages
     package     in which the modules are
-    modules     name of each backend and of its module; None: the name is taken, the backend does not exist yet
+    modules     name of each backend and of its module
     preference  by device type, the names in the order in which the default tries them
     ops         every public op, and the op that backends know it as
     measured    (op, *tensors): the name that was measured fastest for such a call on that device, or None
@@ -64,7 +64,7 @@ class Backends:
 
     family: str
     package: str
-    modules: dict[str, str | None]
+    modules: dict[str, str]
     preference: dict[str, tuple[str, ...]]
     ops: dict[str, str]
     measured: Callable[..., str | None] | None = None
@@ -85,14 +85,10 @@ class Backends:
     def load(self, backend: str) -> ModuleType | str:
         """The backend's module, or the reason why there is none."""
         if backend not in self.loaded:
-            path = self.modules[backend]
-            if path is None:
-                self.loaded[backend] = f"this version of tts_kernels has no {backend} backend for {self.family}"
-            else:
-                try:
-                    self.loaded[backend] = importlib.import_module(path, self.package)
-                except ImportError as error:
-                    self.loaded[backend] = f"the {backend} backend is not built: {error}"
+            try:
+                self.loaded[backend] = importlib.import_module(self.modules[backend], self.package)
+            except ImportError as error:
+                self.loaded[backend] = f"the {backend} backend is not built: {error}"
         return self.loaded[backend]
 
     def unsupported_reasons(self, op: str, backend: str, *tensors: Tensor) -> list[str]:

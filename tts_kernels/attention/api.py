@@ -288,7 +288,7 @@ def work_of(
     if not backend and not compiling:
         backend = BACKENDS.choose("tree_attention", q, k_cache, v_cache)
     for name in (backend,) if backend else ("cuda", "triton"):
-        if name not in work.BACKENDS:
+        if name not in work.WITH_WORK_LISTS:
             continue
         key = work.key_of(q, k_cache, name)
         kept = plan.works.get(key)

@@ -21,7 +21,7 @@ from tts_kernels.dispatch import Checked
 from tts_kernels.tree.plan import LENGTH, OWN_BEGIN, OWN_END, PARENT, ROWS_END, TreePlan, int_tensor
 
 NARROW, WIDE, TALL = range(3)  # an item's tile
-BACKENDS = ("triton", "cuda")  # that have lists, each its own
+WITH_WORK_LISTS = ("triton", "cuda")  # that have lists, each its own
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def key_of(q: Tensor, k_cache: Tensor, backend: str) -> tuple:
 
 def argument(work: Work, backend: str) -> tuple[Tensor, Tensor, list[int]]:
     """The list as the registered op takes it: table, scratch, and the config's numbers with that of the backend."""
-    return work.table, work.scratch, [*work.tile, BACKENDS.index(backend)]
+    return work.table, work.scratch, [*work.tile, WITH_WORK_LISTS.index(backend)]
 
 
 def work_of_call(
@@ -88,7 +88,7 @@ def work_of_call(
     table, scratch, numbers = given
     num_rows, num_q_heads, head_dim = q.shape
     group = num_q_heads // k_cache.shape[2]
-    if table is not None and numbers[-1] == BACKENDS.index(backend):
+    if table is not None and numbers[-1] == WITH_WORK_LISTS.index(backend):
         num_items = (table.numel() - nodes.shape[1] - num_rows - 1) // 4
         num_states = (scratch.numel() - num_counters) // (num_q_heads * (head_dim + 2))
         return Work(_config(*numbers[:-1]), table, scratch, num_items, num_states, group)
