@@ -85,6 +85,27 @@ def test_the_same_searches(models):
     assert len(steps) > 4  # the seeded policy does end steps
 
 
+def test_the_same_searches_where_the_context_is_full(models):
+    _, tokenizer, verifier = models
+    prompts = [TEXT, TEXT[:30]]
+    context = len(tokenizer(TEXT)["input_ids"]) + 9
+    policy = seeded.causal_lm(0, step_tokens=6, **SIZES, max_position_embeddings=context)
+    ours, stock = (
+        search.beam_search(*sides, prompts, width=2, expand=3, depth=3, seed=3, max_new_tokens=30, progress=False)
+        for sides in (
+            (search.Policy(policy, tokenizer, max_tokens=4096, prompt=str), verifier),
+            (StockPolicy(policy, tokenizer, prompt=str), StockVerifier(verifier)),
+        )
+    )
+    for one, other in zip(ours, stock, strict=True):
+        assert [(c.text, c.reason, c.tokens) for c in one.candidates] == [
+            (c.text, c.reason, c.tokens) for c in other.candidates
+        ]
+        assert one.choice == other.choice
+    assert {(c.reason, c.tokens) for c in ours[0].candidates} == {("length", 9)}
+    assert max(c.tokens for c in ours[1].candidates) > 9
+
+
 def test_seeded_tokenizer():
     tokenizer = seeded.tokenizer(300, TEXT)
     ids = tokenizer(TEXT)["input_ids"]

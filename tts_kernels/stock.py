@@ -139,6 +139,7 @@ class StockPolicy:
         self.tokens_computed = 0
         ends = model.generation_config.eos_token_id
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62
         self._handles = count()
         self._paths: dict[int, tuple[list[int], list[int], str]] = {}  # ids, those that text is decoded from, and it
 
@@ -158,10 +159,12 @@ class StockPolicy:
         for i, path in enumerate(paths):
             ids[i, width - len(path) :] = torch.tensor(path)
             mask[i, width - len(path) :] = 1
-        ended = Ended(self._decode, tuple(stop or ()), self._ends, width, len(paths), progress)
+        room = [self._context - len(path) for path in paths]
+        ended = Ended(self._decode, tuple(stop or ()), self._ends, width, room, progress)
         draw = sampler(temperature, top_p, top_k, generator)
         out = self.model.generate(
-            ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, do_sample=False,
+            ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=min(max_new_tokens, max(room)),
+            do_sample=False,
             logits_processor=LogitsProcessorList([Draw(draw, ended)]), stopping_criteria=StoppingCriteriaList([ended]),
             pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
@@ -183,7 +186,8 @@ class StockPolicy:
     def _step(self, parent: int, new: list[int], reason: str) -> Step:
         ids, tail, before = self._paths[parent]
         text = new_text(self._decode, tail, before, new)
-        return Step(self._add(ids + new, tail + new, before + text), text, tuple(new), reason == "eos", reason)
+        ended = reason == "eos" or len(ids) + len(new) == self._context
+        return Step(self._add(ids + new, tail + new, before + text), text, tuple(new), ended, reason)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -193,10 +197,11 @@ class Ended:
     """A stopping criterion of transformers by the rules of `Policy`; keeps when and why each row ended."""
 
     def __init__(
-        self, decode: Callable, stops: tuple[str, ...], ends: set[int], width: int, rows: int, progress: Callable
+        self, decode: Callable, stops: tuple[str, ...], ends: set[int], width: int, room: list[int], progress: Callable
     ):
         self.decode, self.stops, self.ends, self.width, self.progress = decode, stops, ends, width, progress
-        self.reasons, self.lengths = [""] * rows, [0] * rows
+        self.room = room  # tokens until each row's context is full
+        self.reasons, self.lengths = [""] * len(room), [0] * len(room)
 
     @property
     def going(self) -> list[int]:
@@ -207,7 +212,8 @@ class Ended:
         for i in going:
             new = input_ids[i, self.width :].tolist()
             at_stop = self.stops and stopped(self.decode(new[-stop_window(self.stops) :]), self.stops)
-            self.reasons[i] = "eos" if new[-1] in self.ends else "stop" if at_stop else ""
+            full = len(new) == self.room[i]
+            self.reasons[i] = "eos" if new[-1] in self.ends else "length" if full else "stop" if at_stop else ""
             self.lengths[i] = len(new) if self.reasons[i] else 0
         self.progress(len(going), len(self.going))
         return torch.tensor([bool(reason) for reason in self.reasons], device=input_ids.device)
