@@ -30,7 +30,6 @@ class Engine:
         self.plugin, self.dtype, self.device = plugin, dtype, device
         self.gen = torch.Generator().manual_seed(3)
         self.builders = [builder_of(plugin, dtype, None, device, mode, SIZES) for _ in WINDOWS]
-        self.eager = [builder_of(plugin, dtype, None, device) for _ in WINDOWS]
         sinks = torch.randn(HQ, generator=self.gen)
         self.sinks = [None, sinks, None]
         self.impls = [
@@ -137,23 +136,18 @@ class Engine:
             for table in self.tables
         ]  # fmt: skip
 
-    def forward(self, size: int, made: list, out: torch.Tensor | None = None) -> None:
+    def forward(self, size: int, made: list) -> None:
         """What a graph holds."""
-        out = self.out if out is None else out
         for layer, group in enumerate(LAYERS):
             impl, cache = self.impls[layer], self.caches[layer]
             impl.do_kv_cache_update(None, *self.kv[layer, :, :size], cache, self.slots[group][:size])
-            impl.forward(None, self.q[layer, :size], None, None, cache, made[group], out[layer, :size])
+            impl.forward(None, self.q[layer, :size], None, None, cache, made[group], self.out[layer, :size])
 
     def check(self, size: int, tolerance: float) -> None:
-        """`out` is that of a plan of these requests alone, and that of a softmax; the rows that pad are 0."""
+        """`out` is that of a softmax over each request's own tokens; the rows that pad are 0."""
         n = len(self.requests)
-        alone = [builder.build(0, common) for builder, common in zip(self.eager, self.metadata(n))]
-        right = torch.zeros_like(self.out)
-        self.forward(n, alone, right)
         for layer, group in enumerate(LAYERS):
             got = self.out[layer].cpu()
-            torch.testing.assert_close(got[:n], right[layer, :n].cpu(), rtol=tolerance, atol=tolerance)
             assert not got[n:size].any()
             exact = plain(
                 self.q[layer, :n].cpu(), *self.stored[layer], [(r.blocks[group], r.tokens, 1) for r in self.requests],

@@ -29,10 +29,10 @@ def plugin(monkeypatch):
 
 
 class Calls:
-    """The calls of a backend that a forward makes."""
+    """The calls of a backend that a forward makes, which do nothing before a replay."""
 
-    def __init__(self, backend, forward, monkeypatch, *, run):
-        self.calls, self.run = [], run
+    def __init__(self, backend, forward, monkeypatch):
+        self.calls = []
         module = importlib.import_module(f"tts_kernels.attention.{backend}")
         attention = (module.TreeCall, "__call__") if backend == "cuda" else (module, "tree_attention")
         with monkeypatch.context() as patch:
@@ -43,8 +43,6 @@ class Calls:
     def recorder(self, function):
         def record(*arguments):
             self.calls.append((function, arguments))
-            if self.run:
-                function(*arguments)
 
         return record
 
@@ -106,7 +104,7 @@ def test_captured_sizes_follow_the_requests(plugin, take, monkeypatch, backend, 
     engine = Engine(plugin, dtype)
     graphs = {}
     for size in sizes:
-        graphs[size] = capture(engine, size, lambda forward: Calls(backend, forward, monkeypatch, run=True))
+        graphs[size] = capture(engine, size, lambda forward: Calls(backend, forward, monkeypatch))
     seen = set()
     for _ in life(engine):
         n = len(engine.requests)
@@ -115,24 +113,12 @@ def test_captured_sizes_follow_the_requests(plugin, take, monkeypatch, backend, 
         engine.grow()
         made = [b.build(0, common) for b, common in zip(engine.builders, engine.metadata(size))]
         forward = functools.partial(engine.forward, size, made)
-        again = Calls(backend, forward, monkeypatch, run=False)
+        again = Calls(backend, forward, monkeypatch)
         assert again.reads() == graphs[size].reads()
         engine.out.fill_(torch.nan)
         graphs[size].replay()
         engine.check(size, 2e-5 if dtype == torch.float32 else 4e-3)
     assert seen == {(3, 3), (6, 6), (4, 6), (2, 3), (1, 1)}
-
-
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_sizes_lie_in_the_memory_of_the_largest(plugin, take, backend):
-    builder = builder_of(plugin, take(backend).takes(torch.float32), mode=FULL, sizes=SIZES)
-    memory = []
-    for size in SIZES:
-        common = common_metadata([([5 + i], 1, 1) for i in range(size)])
-        plan = builder.build_for_cudagraph_capture(common).plan
-        (work,) = plan.works.values()
-        memory.append((plan.tables.data_ptr(), work.scratch.data_ptr(), work.num_states))
-    assert len(set(memory)) == 1 and memory[0][2] > 0
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
@@ -201,8 +187,7 @@ def test_only_single_tokens_are_captured(plugin):
         builder_of(plugin).build_for_cudagraph_capture(common_metadata(BATCH))
 
 
-def test_room_is_for_any_batch_of_the_size(plugin):
-    """As many blocks as the table is wide, for each."""
+def test_room_is_for_as_many_blocks_as_the_table_is_wide(plugin):
     engine = Engine(plugin)
     plan = engine.builders[0].build_for_cudagraph_capture(engine.dummy(MOST)[0]).plan
-    assert plan.room == plugin.Room(2 * MOST, MOST, MOST * WIDTH, plugin.DEPTH)
+    assert (plan.room.rows, plan.room.pages) == (MOST, MOST * WIDTH)

@@ -13,7 +13,7 @@ decoding, multi-head latent attention, encoders and cross attention, values of a
 attention, context parallelism, and KV caches but those of the model's dtype and fp8_e4m3. For some models, such as
 gpt-oss, SGLang itself takes none but backends of its own.
 
-Nothing here needs SGLang but `register`; sglang_backend.py is the backend itself, sglang_graphs.py has what its decode
+Nothing here needs SGLang but `register`; sglang_backend.py is the backend itself, graph_plans.py has what its decode
 graphs read.
 """
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..attention import tables, tree_attention
 from ..tree.plan import TreePlan
 from ..tree.room import PlanWithRoom
+from .graph_plans import GraphPlans
 from .sglang import as_pages, make_plan, refuse, scale_of, unsupported_layer
-from .sglang_graphs import GraphPlans
 
 MODES = (ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.SPLIT_PREFILL, ForwardMode.DECODE)
 
@@ -75,17 +75,18 @@ class TreeAttentionBackend(AttentionBackend):
             self.forward_metadata = Forward(self._plan(batch))
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Takes the memory of what the graphs of decode batches read, for as many requests with as many tokens each as
-        there can be."""
+        """For graphs of decode batches, a token for each request."""
         if max_num_tokens != max_bs:
             refuse([f"CUDA graphs of {max_num_tokens} tokens for {max_bs} requests"])
         longest = self.req_to_token_pool.req_to_token.shape[1]
-        room = max_bs, -(-longest // self.page_size), self.page_size, self.device
+        self.graph_pages = -(-longest // self.page_size)  # of a request, at most
         full = [layer for layer in self.layers if layer.layer_id not in self.window_layers]
-        self.graph_plans = GraphPlans(*room, functools.partial(self._attend, full))
+        self.graph_plans = GraphPlans(self.page_size, self.device, functools.partial(self._attend, full))
         if self.window_layers:
             of_window = [layer for layer in self.layers if layer.layer_id in self.window_layers]
-            self.graph_window_plans = GraphPlans(*room, functools.partial(self._attend, of_window))
+            self.graph_window_plans = GraphPlans(
+                self.page_size, self.device, functools.partial(self._attend, of_window)
+            )
             self.graph_window_slots = torch.zeros(max_bs, dtype=torch.int64, device=self.device)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
@@ -95,12 +96,12 @@ class TreeAttentionBackend(AttentionBackend):
         if not mode.is_decode():
             refuse([f"a CUDA graph of forward_mode {mode.name}"])
         size = batch.batch_size
-        plan = self.graph_plans.plan_for(size)
+        plan = self.graph_plans.plan_for(size, self.graph_pages)
         self._plan(batch, into=plan)
         self.forward_metadata = Forward(plan)
         if self.window_layers:
             window_slots = self.token_to_kv_pool.full_to_swa_index_mapping
-            window_plan = self.graph_window_plans.plan_for(size)
+            window_plan = self.graph_window_plans.plan_for(size, self.graph_pages)
             self._plan(batch, window_slots, into=window_plan)
             new_rows, count = self.graph_window_slots[:size], len(batch.out_cache_loc)
             new_rows[:count].copy_(window_slots[batch.out_cache_loc])

@@ -19,7 +19,7 @@ quantised per head, context parallelism, fused output quantisation.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -36,12 +36,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
 from tts_kernels.attention import api, tables
-from tts_kernels.attention.work import Work
+from tts_kernels.integrations.graph_plans import GraphPlans
 from tts_kernels.tree.plan import TreePlan
-from tts_kernels.tree.room import PlanWithRoom, Room, plan_with_room
+from tts_kernels.tree.room import PlanWithRoom
 
 FP8 = ("fp8", "fp8_e4m3")
-DEPTH = 4  # of the plans of captured graphs: what requests share deeper is read by each of them
 
 
 def register() -> None:
@@ -115,16 +114,13 @@ class TreeBuilder(AttentionMetadataBuilder[TreeMetadata]):
         self.q = torch.empty(0, num_heads, spec.head_size, dtype=model.dtype, device=device)
         self.cache = torch.empty(0, spec.block_size, spec.num_kv_heads, spec.head_size, dtype=kv_dtype, device=device)
         self.least_saving = tables.least_saving(self.q, self.cache)
-        # One graph runs at a time, and its plan is written before: all lie in the memory of the largest so far.
-        self.captured: dict[int, PlanWithRoom] = {}  # by the number of requests
-        self.memory = torch.empty(0, dtype=torch.int32, device=device)  # of their tables
-        self.most_work: dict[tuple, Work] = {}  # whose scratch the others use, by geometry
+        self.graph_plans = GraphPlans(self.block_size, device, self.make_works)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> TreeMetadata:
         c, config = common_attn_metadata, self.vllm_config.compilation_config
         # Of what will be captured too: vLLM warms a size up with this before.
         full = config.cudagraph_mode is not None and config.cudagraph_mode.has_full_cudagraphs()
-        captured = c.num_reqs in self.captured or (full and c.num_reqs in config.cudagraph_capture_sizes)
+        captured = c.num_reqs in self.graph_plans.plans or (full and c.num_reqs in config.cudagraph_capture_sizes)
         return self.make(c, captured and c.max_query_len == 1)
 
     def build_for_cudagraph_capture(self, common_attn_metadata) -> TreeMetadata:
@@ -139,8 +135,6 @@ class TreeBuilder(AttentionMetadataBuilder[TreeMetadata]):
         if not isinstance(c.causal, bool):
             raise NotImplementedError("causal: expected one value for the whole batch, got one for each request")
         table = c.block_table_tensor[: c.num_reqs]
-        if captured and c.num_reqs not in self.captured:
-            self.captured[c.num_reqs] = self.plan_with_room(*table.shape, c.causal)
         plan = TreePlan.from_block_table(
             table,
             c.seq_lens[: c.num_reqs],
@@ -148,35 +142,13 @@ class TreeBuilder(AttentionMetadataBuilder[TreeMetadata]):
             q_lens=c.query_start_loc_cpu[: c.num_reqs + 1].diff(),
             causal=c.causal,
             least_saving=self.least_saving,
-            into=self.captured[c.num_reqs] if captured else None,
+            into=self.graph_plans.plan_for(*table.shape, c.causal) if captured else None,
         )
         return TreeMetadata(plan, plan.num_rows)
 
-    def plan_with_room(self, num_reqs: int, most_blocks: int, causal: bool) -> PlanWithRoom:
-        """Of any batch of so many requests, with the work list of the kernels, which a capture could not make."""
-        one_token_each = [-1] * num_reqs, [1] * num_reqs, [[0]] * num_reqs, [1] * num_reqs
-        plan = TreePlan.from_nodes(*one_token_each, page_size=self.block_size, causal=causal)
-        room = Room(2 * num_reqs, num_reqs, num_reqs * most_blocks, DEPTH)
-        if self.memory.numel() < room.table_size:
-            with torch.inference_mode(False):  # else it could not be written outside of inference mode
-                self.memory = torch.zeros(room.table_size, dtype=torch.int32, device=self.device)
-        plan = plan_with_room(plan, room, self.device, self.memory)
+    def make_works(self, plan: PlanWithRoom) -> None:
         backend = api.BACKENDS.choose("tree_attention", self.q, self.cache, self.cache)
         api.work_of(plan, self.q, self.cache, self.cache, backend)
-        for key, work in plan.works.items():
-            plan.works[key] = self.share_scratch(key, work)
-        return plan
-
-    def share_scratch(self, key: tuple, work: Work) -> Work:
-        """With the scratch of the largest, and as many places for states as that has: then the counters behind them,
-        which are 0 between calls, lie where its own do."""
-        if key not in self.most_work or self.most_work[key].num_states < work.num_states:
-            self.most_work[key] = work
-        most = self.most_work[key]
-        state = self.q.shape[1] * (self.q.shape[2] + 2)
-        counters = work.scratch.numel() - work.num_states * state
-        scratch = most.scratch[: most.num_states * state + counters]
-        return replace(work, scratch=scratch, num_states=most.num_states)
 
 
 class TreeImpl(AttentionImpl[TreeMetadata]):
