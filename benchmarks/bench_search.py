@@ -53,8 +53,8 @@ def shape(request):
 def models(shape):
     tokenizer = seeded.tokenizer(shape.vocabulary, TEXT)
     sizes = {"vocab_size": shape.vocabulary, **shape.sizes}
-    # Samples of several steps, the last of which is cut off; sums of other sizes round otherwise, and with a
-    # temperature a tie to the last bits would part two runs.
+    # Texts of several steps, the last of which is cut off. Sums of other sizes round otherwise, so a tie to the last
+    # bits could part two runs: then nothing is timed.
     policy = Policy(seeded.causal_lm(0, step_tokens=shape.step, **sizes), tokenizer, max_tokens=65536, prompt=str)
     return policy, Verifier(seeded.causal_lm(1, **sizes), tokenizer, "math-shepherd")
 

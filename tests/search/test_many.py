@@ -178,6 +178,56 @@ def test_the_results_are_those_of_each_question_alone(name, models, one_thread, 
     assert sum(len(c.steps) for result in alone for c in result.candidates) > 20
 
 
+def test_equal_questions_one_that_begins_another_and_one_by_itself(models, one_thread):
+    """With a verifier that is too small for what it is asked to keep."""
+    from tts_kernels.verifier import Verifier
+
+    (policy, verifier), _ = sides(models)
+    asked = [QUESTIONS[0], QUESTIONS[0] + " And in 3?", "Alone?", QUESTIONS[0], QUESTIONS[2]]
+    free, (search, settings) = policy.kv.free_pages, SEARCHES["beam_search"]
+    alone = {question: search(policy, verifier, question, **settings, **OPTIONS) for question in set(asked)}
+    small = Verifier(verifier.models[0], models[1], "math-shepherd", max_tokens=192)
+    for judge in (verifier, small):
+        batch = search(policy, judge, asked, **settings, **OPTIONS)
+        for one in batch:
+            wanted = alone[one.question]
+            assert texts(one) == texts(wanted) and one.choice == wanted.choice
+            for c, other in zip(one.candidates, wanted.candidates):
+                assert c.step_scores == pytest.approx(other.step_scores, abs=1e-5)
+        assert policy.kv.free_pages == free and not policy._tips
+        shared = len(models[1](FEW_SHOTS.rstrip("\n"))["input_ids"])
+        prompts = [len(models[1](question)["input_ids"]) for question in asked]
+        assert batch.cost.prompt_tokens <= sum(prompts) - 3 * shared  # though one begins otherwise
+    assert batch.cost.verifier_tokens > sum(r.cost.verifier_tokens for r in alone.values())  # some of it again
+
+
+@pytest.mark.parametrize("options, error", [
+    ({"seed": 2**64}, (ValueError, RuntimeError, OverflowError)), ({"answer": lambda text: 1 / 0}, ZeroDivisionError),
+])  # fmt: skip
+def test_a_call_that_fails_leaves_nothing(options, error, models, one_thread):
+    (policy, verifier), _ = sides(models)
+    free = policy.kv.free_pages
+    with pytest.raises(error):
+        best_of_n(policy, verifier, QUESTIONS, n=2, **{**OPTIONS, "max_new_tokens": 4, **options})
+    assert policy.kv.free_pages == free and not policy._tips
+
+
+def test_an_interrupt_while_nodes_are_given_back(models, one_thread, monkeypatch):
+    (policy, verifier), _ = sides(models)
+    free, release, calls = policy.kv.free_pages, policy.release, []
+
+    def interrupted(nodes):
+        release(nodes)
+        calls.append(nodes)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        beam_search(policy, verifier, QUESTIONS[:2], width=2, expand=2, depth=3, **OPTIONS)
+    assert policy.kv.free_pages == free and not policy._tips
+
+
 def test_a_decode_step_is_one_forward_for_all_questions(models, one_thread):
     (policy, verifier), _ = sides(models)
     rows = []

@@ -285,9 +285,14 @@ def test_prompts_that_do_not_fit_leave_nothing(monkeypatch):
         policy.start_all(PROMPTS)
     with pytest.raises(ValueError, match=r"^prompts\[1\]: expected at least 1 token"):
         policy.start_all([PROMPT, ""])
-    monkeypatch.setattr(policy._model, "forward", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        policy.start_all(PROMPTS[1:3])
+    for broken in (ZeroDivisionError, KeyboardInterrupt):
+
+        def failing(*_, broken=broken, **__):
+            raise broken
+
+        monkeypatch.setattr(policy._model, "forward", failing)
+        with pytest.raises(broken):
+            policy.start_all(PROMPTS[1:3])
     assert policy.kv.free_pages == policy.kv.num_pages and not policy._tips
 
 

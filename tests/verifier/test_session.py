@@ -330,8 +330,8 @@ def test_a_model_that_fails_leaves_the_session_as_it_was(monkeypatch):
 @pytest.mark.parametrize("kind", ["softmax", "implicit"])
 def test_a_path_that_outgrows_the_context_drops_its_first_steps(kind):
     verifier = make(kind, recipe={"context": 16}, too_long="drop_oldest_steps")
-    session = verifier.session("good")
-    first = session.extend([session.root], ["abc"])  # 9 tokens
+    session = verifier.session(["bad", "good"])
+    first = session.extend([session.roots[1]], ["abc"])  # 9 tokens
     second = session.extend(first.nodes, ["defg"])  # 14
     with pytest.warns(UserWarning, match=r"steps\[0\]: 1 first steps left out of a path"):
         third = session.extend(second.nodes, ["hi"])  # 17, or 13 without "abc"

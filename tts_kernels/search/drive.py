@@ -57,6 +57,8 @@ class Call:
         settings = ("max_new_tokens", "temperature", "top_p", "top_k")
         given = {name: getattr(self.options, name) for name in settings}
         self.parameters = {**parameters, **given, "reduce": self.reduce}
+        device, seed = policy.device, self.options.seed
+        self.generators = [torch.Generator(device).manual_seed(seed) for _ in self.questions]
         self.total, self.unit = total * len(self.questions), unit
         self.session = None
         self.shown = 0  # tokens, on the progress bar
@@ -68,19 +70,25 @@ class Call:
         from tqdm import tqdm
 
         self.begin, self.computed = time.perf_counter(), self.policy.tokens_computed
-        with self.clock("prefill"):
-            roots = self.policy.start_all([self.policy.prompt(question) for question in self.questions])
-        self.prompt_tokens = self.policy.tokens_computed - self.computed
-        self.runs = [Run(self, i, question, root) for i, (question, root) in enumerate(zip(self.questions, roots))]
         shown = self.options.progress
         self.bar = tqdm(total=self.total, unit=self.unit, miniters=0, disable=None if shown is None else not shown)
+        try:
+            with self.clock("prefill"):
+                roots = self.policy.start_all([self.policy.prompt(question) for question in self.questions])
+                self.runs = [Run(self, i, root) for i, root in enumerate(roots)]
+        except BaseException:
+            self.bar.close()
+            raise
+        self.prompt_tokens = self.policy.tokens_computed - self.computed
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.bar.close()
-        self.policy.release([node for run in self.runs for node in run.nodes])
-        if self.session is not None:
-            self.session.close()
+        try:
+            self.policy.release([node for run in self.runs for node in run.nodes])
+        finally:
+            if self.session is not None:
+                self.session.close()
+            self.bar.close()
 
     @contextlib.contextmanager
     def clock(self, part: str) -> Iterator[None]:

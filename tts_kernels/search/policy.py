@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tts_kernels.tree.checks import check_int, fail, int_list, one_or_more
 from tts_kernels.tree.kv_tree import KVTree, OutOfPages
-from tts_kernels.tree.pack import common_beginning
+from tts_kernels.tree.pack import shared_beginnings
 from tts_kernels.tree.plan import TreePlan
 
 from .checks import check_sampling, check_stop
@@ -121,7 +121,8 @@ class Policy:
         return self._start([self._prompt_ids("prompt", prompt)])[0]
 
     def start_all(self, prompts: Sequence[str | Sequence[int] | Tensor]) -> list[int]:
-        """As `start`, for each of the prompts. What all of them begin with is stored, and computed, once."""
+        """As `start`, for each of the prompts. What those begin with whose first page of tokens is the same is stored,
+        and computed, once."""
         return self._start([self._prompt_ids(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)])
 
     def sample_steps(
@@ -146,8 +147,8 @@ class Policy:
             max_new_tokens: of each step.
             temperature, top_p, top_k: as in transformers, which applies them in this order: temperature, top_k, top_p.
                 Temperature 0: the token of the highest logit. top_k 0: all.
-            generator: of the draws, on the model's device. Or one for each of the parents: draws are then those of
-                calls for the parents of one generator alone. Default: torch's.
+            generator: of the draws, on the model's device. Or one for each of the parents: those that stand on end with
+                the same one are drawn as in a call for them alone. Default: torch's.
             progress: called after every step of decoding with the tokens sampled in it and the steps that go on.
 
         Returns:
@@ -202,26 +203,35 @@ class Policy:
         return ids
 
     def _start(self, prompts: list[list[int]]) -> list[int]:
-        shared = common_beginning(prompts, self.kv.page_size)
         nodes: list[int] = []
+        pieces: list[list[int]] = []
+        trunks: list[int] = []
+        place = [0] * len(prompts)  # of each prompt's node
         try:
             with self._full():
-                if shared:
-                    nodes.append(self.kv.add(None, shared))
-                for ids in prompts:
-                    nodes.append(self.kv.add(nodes[0] if shared else None, len(ids) - shared))
-            pieces = [ids[shared:] for ids in prompts]
-            hidden = self._compute_prompts(nodes, [prompts[0][:shared], *pieces] if shared else pieces)
+                for members, shared in shared_beginnings(prompts, self.kv.page_size):
+                    trunk = None
+                    if shared:
+                        trunk = self.kv.add(None, shared)
+                        trunks.append(trunk)
+                        nodes.append(trunk)
+                        pieces.append(prompts[members[0]][:shared])
+                    for i in members:
+                        place[i] = len(nodes)
+                        nodes.append(self.kv.add(trunk, len(prompts[i]) - shared))
+                        pieces.append(prompts[i][shared:])
+            hidden = self._compute_prompts(nodes, pieces)
+            tips = [
+                Tip(ids[-CONTEXT:], self._decode(ids[-CONTEXT:]), len(ids), hidden=hidden[at])
+                for ids, at in zip(prompts, place)
+            ]
         except BaseException:
             self.kv.release(nodes)
             raise
-        if shared:  # the prompts keep it
-            self.kv.release(nodes[0])
-            nodes, hidden = nodes[1:], hidden[1:]
-        for node, ids, state in zip(nodes, prompts, hidden):
-            tail = ids[-CONTEXT:]
-            self._tips[node] = Tip(tail, self._decode(tail), len(ids), hidden=state)
-        return nodes
+        roots = [nodes[at] for at in place]
+        self._tips.update(zip(roots, tips))
+        self.kv.release(trunks)  # the prompts keep them
+        return roots
 
     def _compute_prompts(self, nodes: Sequence[int], pieces: Sequence[list[int]]) -> list[Tensor]:
         """The last hidden state of each, in forwards of whole nodes and at most PREFILL tokens, if one has no more."""

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, overload
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
-class SearchBatch(Sequence):
+class SearchBatch(Sequence[SearchResult]):
     """The records of several questions that were searched in one call, in their order, and what the call cost.
 
-    A sequence of SearchResult. Each has the candidates and the choice that its question has alone, from the same seed,
-    but for what sums of other sizes round otherwise.
+    A sequence of SearchResult, whose slices are tuples of them. Each has the candidates and the choice that its
+    question has alone, from the same seed, but for what sums of other sizes round otherwise.
     """
 
     results: tuple[SearchResult, ...]
@@ -113,7 +113,11 @@ class SearchBatch(Sequence):
     def __len__(self) -> int:
         return len(self.results)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> SearchResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[SearchResult, ...]: ...
+    def __getitem__(self, index: int | slice) -> SearchResult | tuple[SearchResult, ...]:
         return self.results[index]
 
     def to_dict(self) -> dict[str, Any]:

@@ -105,10 +105,10 @@ Search = Generator[Grow | Judge, Sequence[Beam] | None, list[Beam]]
 class Run:
     """One search for one question, one of the questions of a call."""
 
-    def __init__(self, call: Call, index: int, question: str, root: int):
-        self.call, self.index, self.question = call, index, question
+    def __init__(self, call: Call, index: int, root: int):
+        self.call, self.index, self.question = call, index, call.questions[index]
         self.root = Beam(root, -1)
-        self.generator = torch.Generator(call.policy.device).manual_seed(call.options.seed)
+        self.generator = call.generators[index]
         self.tokens = 0  # sampled
         self.nodes = {root}  # held, in the policy's tree
         self.judged: Counter[int] = Counter()  # holds on nodes of the session's tree
@@ -122,12 +122,13 @@ class Run:
     def keep(self, beams: Sequence[Beam]) -> None:
         """Gives back, in both trees, what none of these beams needs."""
         dropped = self.nodes - {beam.node for beam in beams}
-        self.call.policy.release(sorted(dropped))
         self.nodes -= dropped
+        self.call.policy.release(sorted(dropped))
         if self.call.session is not None:
             kept = {beam.judged for beam in beams}
-            self.call.session.release([node for node in self.judged.elements() if node not in kept])
+            given_back = [node for node in self.judged.elements() if node not in kept]
             self.judged = Counter({node: holds for node, holds in self.judged.items() if node in kept})
+            self.call.session.release(given_back)
 
     def step_done(self) -> None:
         """For the progress bar of a search that goes by steps."""

@@ -147,15 +147,21 @@ def pack_many(
     return pack_questions(questions, device)
 
 
-def common_beginning(sequences: Sequence[Sequence[int]], page_size: int) -> int:
-    """How many tokens two or more sequences begin with in common and are worth a node of their own: a page of them at
-    least, and such that each goes on behind it."""
+def shared_beginnings(sequences: Sequence[Sequence[int]], page_size: int) -> list[tuple[list[int], int]]:
+    """Groups of sequences whose first page of tokens is the same, as indices, each with the number of tokens that all
+    of it begin with and each goes on behind: a page at least, or 0 for a sequence alone."""
+    groups: dict[Any, list[int]] = {}
+    for i, ids in enumerate(sequences):
+        groups.setdefault(tuple(ids[:page_size]) if len(ids) > page_size else i, []).append(i)
+    return [(members, common_beginning([sequences[i] for i in members])) for members in groups.values()]
+
+
+def common_beginning(sequences: Sequence[Sequence[int]]) -> int:
     if len(sequences) < 2:
         return 0
     low, high = min(sequences), max(sequences)  # what these two share, all share
     same = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
-    same = min(same, min(map(len, sequences)) - 1)
-    return same if same >= page_size else 0
+    return min(same, min(map(len, sequences)) - 1)
 
 
 class Names(NamedTuple):

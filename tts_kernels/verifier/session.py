@@ -15,7 +15,7 @@ from torch import Tensor
 from tts_kernels.scoring import StepScores, aggregate, step_scores
 from tts_kernels.tree.checks import check_int, fail, int_list, one_or_more
 from tts_kernels.tree.kv_tree import OutOfPages
-from tts_kernels.tree.pack import common_beginning
+from tts_kernels.tree.pack import shared_beginnings
 from tts_kernels.tree.plan import int_tensor
 
 from .checks import check_texts
@@ -46,7 +46,8 @@ class VerifierSession:
     """Scores steps as a search writes them. Made by `Verifier.session(question)`.
 
     question    the text that every path begins with; it is encoded at once. Or several: then `extend` takes parents of
-                any of them, all through the model together, and what all questions' tokens begin with is there once
+                any of them, all through the model together, and what those begin with whose first page of tokens is
+                the same is there once
     max_tokens  KV slots, for all questions; default those of the verifier
     when_full   what happens when they are used up: "refuse" raises OutOfPages and changes nothing; "recompute" lets go
                 of the keys and values of the paths that were not used for longest, keeps their scores, and encodes them
@@ -84,22 +85,23 @@ class VerifierSession:
         self._next = 0
         self._clock = 0
         self._context = verifier.context
-        encoded = {
-            q: verifier.encode("question" if q is question else f"question[{i}]", q, ())[0].ids
-            for i, q in enumerate(self.questions)
-        }
-        under, shared = None, common_beginning(list(encoded.values()), verifier.page_size)
-        if shared:
-            # Nobody has its handle, and the roots that stand on it stay.
-            under = self._add(Node(-1, "", next(iter(encoded.values()))[:shared], shared, None, shared))
-        made = {q: self._add(Node(-1, q, ids[shared:], len(ids), under, 0, holds=1)) for q, ids in encoded.items()}
+        encoded: dict[str, list[int]] = {}
+        for i, q in enumerate(self.questions):
+            if q not in encoded:
+                encoded[q] = verifier.encode("question" if q is question else f"question[{i}]", q, ())[0].ids
+        texts, made = list(encoded), {}
+        for members, shared in shared_beginnings(list(encoded.values()), verifier.page_size):
+            under = None
+            if shared:
+                # Nobody has its handle, and the roots that stand on it stay.
+                under = self._add(Node(-1, "", encoded[texts[members[0]]][:shared], shared, None, 0))
+            for q in (texts[i] for i in members):
+                made[q] = self._add(Node(-1, q, encoded[q][shared:], len(encoded[q]), under, 0, holds=1))
         self.roots = tuple(made[q] for q in self.questions)
         self.root = self.roots[0]
         for root in made.values():
-            record = self._nodes[root]
-            record.response = len(record.ids)
-            if not record.ids:
-                record.kv = [model.kv.add(None, 0) for model in self.models]
+            if not self._nodes[root].ids:
+                self._nodes[root].kv = [model.kv.add(None, 0) for model in self.models]
         self._encode([root for root in made.values() if self._nodes[root].ids])
 
     # --- what there is -----------------------------------------------------------------------------------------------
@@ -243,7 +245,8 @@ class VerifierSession:
             try:
                 return self.verifier.recipe.encode(self.verifier.tokenizer, question, steps)
             except ValueError as error:
-                raise ValueError(f"{name}, behind {above.step!r}: {error}") from error
+                behind = repr(above.step) if above.parent >= 0 else "the question"
+                raise ValueError(f"{name}, behind {behind}: {error}") from error
 
         if above.parent < 0:
             sequence, before = encode(above.step, [step]), [t for n in self._above(parent) for t in self._nodes[n].ids]
@@ -279,16 +282,18 @@ class VerifierSession:
         need = {node: i for i, path in enumerate(paths) for node in path}  # the last of `fresh` that stands on it
         for node in need:
             self._nodes[node].used = self._clock
-        self._make_room(self._pages(need), need, need)  # what this call has no use for goes first
+        self._make_room(self._pages(need), self._victims(need, need))  # what this call has no use for goes first
         done = 0
         while done < len(fresh):
             group: dict[int, None] = {}  # nodes without KV, parents before children
-            wanted = {node for node, last in need.items() if last >= done}
+            victims = self._victims({node for node, last in need.items() if last >= done}, need)
             pages = 0
             for path in paths[done:]:
                 chain = [node for node in path if node not in group and self._nodes[node].kv is None]
                 more = self._pages(chain)
-                if not self._make_room(pages + more, wanted, need) and (group or not self._make_room(more, path, need)):
+                if not self._make_room(pages + more, victims) and (
+                    group or not self._make_room(more, self._victims(path, need))
+                ):
                     break
                 group.update(dict.fromkeys(chain))
                 pages += more
@@ -316,21 +321,21 @@ class VerifierSession:
             at = self._nodes[at].under
         return chain[::-1]
 
-    def _make_room(self, pages: int, kept: Collection[int], need: Mapping[int, int]) -> bool:
-        """Whether so many pages are free, after letting go of KV that is not `kept` where that is allowed: of what was
-        not used for longest, then of what this call needs last. The next one will probably ask in the same order, and
-        then what came last is not wanted for longest."""
+    def _victims(self, kept: Collection[int], need: Mapping[int, int]) -> Iterator[int]:
+        """What KV can be let go of that is not `kept`: of what was not used for longest, then of what this call needs
+        last. The next one will probably ask in the same order, and then what came last is not wanted for longest."""
 
         def order(node: int) -> tuple[int, int, int]:
             return (1, -need[node], node) if node in need else (0, self._nodes[node].used, node)
 
-        free = self.models[0].kv
-        if self.when_full == "recompute" and free.free_pages < pages:
-            for node in below_first(self._nodes, kept, order):
-                self._drop_kv(self._nodes[node])
-                if free.free_pages >= pages:
-                    break
-        return free.free_pages >= pages
+        return below_first(self._nodes, kept, order)
+
+    def _make_room(self, pages: int, victims: Iterator[int]) -> bool:
+        """Whether so many pages are free, after letting go of the KV of `victims` where that is allowed."""
+        kv = self.models[0].kv
+        while self.when_full == "recompute" and kv.free_pages < pages and (node := next(victims, None)) is not None:
+            self._drop_kv(self._nodes[node])
+        return kv.free_pages >= pages
 
     def _run(self, group: list[int]) -> None:
         """Nodes without KV through the models, and scores for those that have none yet."""
