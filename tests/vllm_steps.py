@@ -13,7 +13,7 @@ from vllm_batches import BLOCK, HKV, HQ, D, builder_of, empty_cache, plain, slot
 SIZES = (6, 3, 1)  # that are captured, in vLLM's order
 MOST, WIDTH, BLOCKS = SIZES[0], 40, 150  # requests, blocks of one, blocks of all
 WINDOWS = (None, 9)  # of the KV cache groups
-LAYERS = (0, 0, 1)  # the group of each layer
+LAYERS = (0, 0, 1)  # the group of each layer, where nothing else is said
 NULL = 0  # the block that vLLM puts where none is
 
 
@@ -24,28 +24,29 @@ class Request:
 
 
 class Engine:
-    """mode: of CUDA graphs, as vLLM has resolved it."""
+    """Its CUDA graphs are full ones where vLLM can have them."""
 
-    def __init__(self, plugin, dtype=torch.float32, device="cpu", mode=vllm_fakes.CUDAGraphMode.FULL_AND_PIECEWISE):
-        self.plugin, self.dtype, self.device = plugin, dtype, device
+    def __init__(self, plugin, dtype=torch.float32, device="cpu", layers=LAYERS):
+        self.plugin, self.dtype, self.device, self.layers = plugin, dtype, device, layers
+        mode = vllm_fakes.CUDAGraphMode.FULL_AND_PIECEWISE
         self.gen = torch.Generator().manual_seed(3)
         self.builders = [builder_of(plugin, dtype, None, device, mode, SIZES) for _ in WINDOWS]
         sinks = torch.randn(HQ, generator=self.gen)
         self.sinks = [None, sinks, None]
         self.impls = [
             plugin.TreeImpl(HQ, D, 0.2, HKV, sliding_window=WINDOWS[group], sinks=s if s is None else s.to(device))
-            for group, s in zip(LAYERS, self.sinks)
+            for group, s in zip(self.layers, self.sinks)
         ]
-        caches = [empty_cache(dtype, "tokens first", BLOCKS) for _ in LAYERS]
+        caches = [empty_cache(dtype, "tokens first", BLOCKS) for _ in self.layers]
         for cache in caches:
             cache[NULL] = 5.0  # what lies there is read, and masked
         self.caches = [cache.to(device) for cache in caches]
-        self.stored = [torch.zeros(2, BLOCKS * BLOCK, HKV, D) for _ in LAYERS]  # K and V by slot
+        self.stored = [torch.zeros(2, BLOCKS * BLOCK, HKV, D) for _ in self.layers]  # K and V by slot
         self.tables = [torch.full((MOST, WIDTH), NULL, dtype=torch.int32, device=device) for _ in WINDOWS]
         self.slots = [torch.full((MOST,), -1, dtype=torch.int64, device=device) for _ in WINDOWS]
         self.seq_lens = torch.zeros(MOST, dtype=torch.int32, device=device)
-        self.q, self.out = (torch.zeros(len(LAYERS), MOST, HQ, D, dtype=dtype, device=device) for _ in range(2))
-        self.kv = torch.zeros(len(LAYERS), 2, MOST, HKV, D, dtype=dtype, device=device)
+        self.q, self.out = (torch.zeros(len(self.layers), MOST, HQ, D, dtype=dtype, device=device) for _ in range(2))
+        self.kv = torch.zeros(len(self.layers), 2, MOST, HKV, D, dtype=dtype, device=device)
         self.requests: list[Request] = []
         self.used = [Counter({NULL: 1}) for _ in WINDOWS]
 
@@ -65,7 +66,7 @@ class Engine:
             self.used[group].update(mine)
             mine = mine + [self.take(group) for _ in range(-(-tokens // BLOCK) - len(mine))]
             blocks.append(mine)
-        for layer, group in enumerate(LAYERS):
+        for layer, group in enumerate(self.layers):
             slots = slots_of(blocks[group], shared * BLOCK, tokens)
             self.store(layer, slots, self.random(2, len(slots), HKV, D))
         self.requests.append(Request(tokens, blocks))
@@ -99,7 +100,7 @@ class Engine:
             request.tokens += 1
         self.q.copy_(self.random(*self.q.shape))
         self.kv.copy_(self.random(*self.kv.shape))
-        for layer, group in enumerate(LAYERS):
+        for layer, group in enumerate(self.layers):
             slots = [slots_of(r.blocks[group], r.tokens - 1, r.tokens)[0] for r in self.requests]
             self.stored[layer][:, slots] = self.kv[layer, :, : len(slots)].cpu().float()
 
@@ -138,7 +139,7 @@ class Engine:
 
     def forward(self, size: int, made: list) -> None:
         """What a graph holds."""
-        for layer, group in enumerate(LAYERS):
+        for layer, group in enumerate(self.layers):
             impl, cache = self.impls[layer], self.caches[layer]
             impl.do_kv_cache_update(None, *self.kv[layer, :, :size], cache, self.slots[group][:size])
             impl.forward(None, self.q[layer, :size], None, None, cache, made[group], self.out[layer, :size])
@@ -146,7 +147,7 @@ class Engine:
     def check(self, size: int, tolerance: float) -> None:
         """`out` is that of a softmax over each request's own tokens; the rows that pad are 0."""
         n = len(self.requests)
-        for layer, group in enumerate(LAYERS):
+        for layer, group in enumerate(self.layers):
             got = self.out[layer].cpu()
             assert not got[n:size].any()
             exact = plain(
