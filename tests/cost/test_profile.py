@@ -329,6 +329,7 @@ def test_an_attention_that_cannot_be_timed(monkeypatch):
 
 
 def test_end_tokens_of_a_checkpoint_may_be_a_list():
-    model = SimpleNamespace(device="cpu", generation_config=SimpleNamespace(eos_token_id=[3, 4]))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
+    model = SimpleNamespace(device="cpu", config=config, generation_config=SimpleNamespace(eos_token_id=[3, 4]))
     tokenizer = SimpleNamespace(eos_token_id=5)
     assert stock.StockPolicy(model, tokenizer, prompt=str)._ends == {3, 4, 5}
