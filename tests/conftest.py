@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +25,12 @@ def forget_calls():
     dispatch = sys.modules.get("tts_kernels.dispatch")
     for family in dispatch.FAMILIES if dispatch else ():
         family.checked.clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_mappings():
+    """A process may have 65,530 of them; then whatever asks for memory or a thread next fails, wherever that is."""
+    yield
+    maps = Path("/proc/self/maps")
+    count = len(maps.read_text().splitlines()) if maps.exists() else 0
+    assert count < 20_000, f"{count} mappings are left, of the 65,530 that a process may have: who keeps them?"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import random
 
 import attention_cases as cases
@@ -12,6 +10,7 @@ import emulated
 import pytest
 from attention_cases import FP16, Case
 from forests import Forest
+from own_process import failure
 
 PATH = paths.Path("cuda")
 pytestmark = pytest.mark.skipif(PATH.missing() is not None, reason=str(PATH.missing()))
@@ -124,37 +123,15 @@ def compare(native, monkeypatch, path: paths.Path) -> None:
         cases.check(inputs(window, page_size, 128 if path.warpgroups else 64), path)
 
 
-def failure(native, monkeypatch, path: paths.Path = PATH) -> str | None:
-    """What `compare` finds, in a process of its own: a kernel with an error may write anywhere."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()
-        found = b""
-        try:
-            with cases.one_thread():  # those of the parent are not here
-                compare(native, monkeypatch, path)
-        except (AssertionError, RuntimeError) as error:
-            found = str(error).encode()
-        finally:
-            os.write(writing, found[:1000])
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        found = pipe.read().decode(errors="replace")
-    _, status = os.waitpid(child, 0)
-    return found or (f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else None)
-
-
 @pytest.mark.parametrize("path", [PATH, WARPGROUPS], ids=str)
 def test_without_an_error_all_is_well(path, monkeypatch):
-    assert failure(emulated.native(), monkeypatch, path) is None
+    assert failure(lambda: compare(emulated.native(), monkeypatch, path)) is None
 
 
 @pytest.mark.parametrize("what, file, line, planted", PLANTED, ids=[what for what, *_ in PLANTED])
 def test_a_planted_error_is_found(what, file, line, planted, monkeypatch):
     native = emulated.edited({file: [(line, planted)]}, SOURCES)
-    found = failure(native, monkeypatch)
+    found = failure(lambda: compare(native, monkeypatch, PATH))
     assert found
     print(found)
 
@@ -162,6 +139,6 @@ def test_a_planted_error_is_found(what, file, line, planted, monkeypatch):
 @pytest.mark.parametrize("what, file, line, planted", PLANTED_HOPPER, ids=[what for what, *_ in PLANTED_HOPPER])
 def test_a_planted_error_of_warpgroups_is_found(what, file, line, planted, monkeypatch):
     native = emulated.edited({file: [(line, planted)]}, HOPPER_SOURCES)
-    found = failure(native, monkeypatch, WARPGROUPS)
+    found = failure(lambda: compare(native, monkeypatch, WARPGROUPS))
     assert found
     print(found)
