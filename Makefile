@@ -66,10 +66,14 @@ reasoner: $(READY)
 # Tests side by side, where pytest-xdist is there. Threads that wait must not spin then: more of them than cores would
 # wait for one another. By itself xdist leaves the files of the fewest tests for the end, and those take longest.
 side_by_side = $$($(PY) -c 'import xdist; new = tuple(map(int, xdist.__version__.split(".")[:2])) >= (3, 7); \
-	print("-n $(JOBS) --dist $(1)" + " --no-loadscope-reorder" * new)' 2>/dev/null)
+	print("-n $(JOBS) --dist $(1) --max-worker-restart 2" + " --no-loadscope-reorder" * new)' 2>/dev/null)
+
+# A test that stands for ten minutes says where, and its process ends. xdist gives it to another one, twice.
+limited = $$($(PY) -c 'import pytest; print("-o faulthandler_timeout=600" + \
+	" -o faulthandler_exit_on_timeout=true" * (pytest.version_tuple >= (9,)))' 2>/dev/null)
 
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(PY) -m pytest $(call side_by_side,loadfile) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest $(call side_by_side,loadfile) $(limited) $(ARGS)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
