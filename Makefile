@@ -78,7 +78,7 @@ test: $(READY)
 bench: $(READY)
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
-# On a GPU, in under eight minutes; building is a stage like the others. STAGES="test bench" takes some of them, RESULTS=DIR
+# On a GPU, within budgets of eight minutes; building is a stage like the others. STAGES="test bench" takes some of them, RESULTS=DIR
 # another folder, ARGS=--dry shows on a CPU that it works; COMMIT says what this is where there is no git.
 STAGES = build compile test sanitize bench
 RESULTS = benchmarks/results

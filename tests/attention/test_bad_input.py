@@ -181,6 +181,8 @@ APPEND = [
     ("v", ValueError, {"v": lambda x: x.to("meta")}, "meta"),
     ("k_cache", TypeError, {"k_cache": lambda x: x.to(BF16)}, "bfloat16"),
     ("v_cache", ValueError, {"v_cache": lambda x: x[1:]}, r"\(1, 4, 2, 32\)"),
+    ("k_cache", ValueError, {"k_cache": lambda x: x[:, :1].expand(2, 4, 2, 32)}, "expanded"),
+    ("v_cache", ValueError, {"v_cache": lambda x: x[:1].expand(2, 4, 2, 32)}, "expanded"),
     ("slots", TypeError, {"slots": [1, 2, 3]}, "list"),
     ("slots", TypeError, {"slots": lambda x: x.int()}, "int32"),
     ("slots", ValueError, {"slots": lambda x: x[:2]}, r"\(2,\)"),

@@ -242,6 +242,12 @@ def test_settings_refused_before_the_model_runs(model, monkeypatch, kwargs, reas
         generate(model, prompts()[0], **kwargs)
 
 
+@pytest.mark.parametrize("n, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("a", TypeError)])
+def test_number_of_samples_refused(model, n, error):
+    with pytest.raises(error, match=r"^num_return_sequences: expected"):
+        generate(model, prompts()[0], num_return_sequences=n)
+
+
 def test_assistant_model_refused(model):
     with pytest.raises(ValueError, match="assisted_generation"):
         generate(model, prompts((5,))[0], assistant_model=model)

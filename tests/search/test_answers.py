@@ -31,6 +31,7 @@ def test_boxed(text, answer):
         ("-0.5", "-.50", r"-0.5\!"),
         ("0", "-0", "0.00"),
         ("1200", "1200.0"),  # not 1.2E+3
+        ("1" * 40, "+" + "1" * 40 + ".0", "0" + "1" * 40),
         (r"\frac{1}{2}", r"\dfrac{1}{2}", r"\tfrac{1} {2}"),
         ("(1,2)", r"\left( 1, 2 \right)", "( 1,2 )"),
     ],
@@ -40,7 +41,7 @@ def test_canonical_equal(same):
 
 
 def test_canonical_different():
-    different = ["1/2", "0.5", r"\frac{1}{2}", "-1", "1", "x", "X", r"\leftarrow", "arrow"]
+    different = ["1" * 30, "1" * 29 + "2", "1/2", "0.5", r"\frac{1}{2}", "-1", "1", "x", "X", r"\leftarrow", "arrow"]
     assert len({canonical(answer) for answer in different}) == len(different)
 
 

@@ -243,3 +243,9 @@ def test_an_error_leaves_nothing_behind(search):
     with pytest.raises(KeyError):
         search(policy, verifier, Q, width=1, expand=1, depth=2)
     assert nothing_is_held(policy, verifier)
+
+
+@pytest.mark.parametrize("search", [beam_search, dvts])
+def test_a_verifier_is_needed(search):
+    with pytest.raises(TypeError, match=r"^verifier: expected a Verifier: only majority needs none, got None$"):
+        search(FakePolicy({"": ["a"]}), None, Q, width=1, expand=1, depth=1)

@@ -79,6 +79,12 @@ def test_answers_by_a_function():
         run(majority, answers, answer=lambda text: 7)
 
 
+def test_a_verifier_is_needed():
+    for search in (best_of_n, weighted_vote):
+        with pytest.raises(TypeError, match=r"^verifier: expected a Verifier: only majority needs none, got None$"):
+            search(FakePolicy({"": ["a", "b"]}), None, "?", n=2)
+
+
 def test_steps_of_a_stepwise_verifier():
     policy = FakePolicy({"": ["a\n\nb", "a\n\nc"]})
     verifier = FakeVerifier({"a": 0.5, "a/b": 0.1, "a/c": 0.2}, aggregate="prod")

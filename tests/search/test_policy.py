@@ -391,3 +391,5 @@ def test_bad_models(started):
             policy.start(wrong)
     with pytest.raises(TypeError, match=r"^prompt: expected a list of ints, got 3"):
         policy.start(3)
+    with pytest.raises(TypeError, match=r"^prompts: expected a list of prompts, got 'ab'$"):
+        policy.start_all("ab")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from plan_oracle import check_tables, rows_of
 
 from tts_kernels.tree import plan as tree_plan
+from tts_kernels.tree.pack import pack, pack_many
 from tts_kernels.tree.plan import TreePlan
 
 TOP = 2**31 - 1
@@ -210,3 +211,12 @@ def test_the_native_pass_and_the_python_path_build_equal_plans(forest, causal):
             assert all(map(torch.equal, fast, slow)), field.name
         else:
             assert torch.equal(fast, slow) if isinstance(fast, torch.Tensor) else fast == slow, field.name
+
+
+@pytest.mark.parametrize("device, error", [(torch.float16, TypeError), (3.5, TypeError), ("nope", ValueError)])
+def test_what_is_no_device(device, error):
+    with pytest.raises(error, match=r"^device: expected a torch.device or its name, got"):
+        TreePlan.from_nodes([-1], [3], [[0]], [1], page_size=4, device=device)
+    for function, arguments in ((pack, ([[1]],)), (pack_many, ([[1]], [[[2]]]))):
+        with pytest.raises(error, match=r"^device: expected a torch.device or its name, got"):
+            function(*arguments, device=device)

@@ -139,6 +139,9 @@ def check_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: 
         fail("v", f"shape {tuple(k.shape)} like k", tuple(v.shape))
     if v.dtype != k.dtype:
         fail("v", f"dtype {k.dtype} like k", v.dtype, TypeError)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape)):
+            fail(name, "memory of its own for each element", f"strides {cache.stride()} (an expanded tensor)")
     check_slots(slots, k.shape[0], k.device)
 
 

@@ -3,9 +3,10 @@
     from tts_kernels.integrations import flashinfer   # in place of `import flashinfer`
 
 `BatchDecodeWithPagedKVCacheWrapper`, `MultiLevelCascadeAttentionWrapper`, `append_paged_kv_cache`, `merge_state`,
-`merge_state_in_place` and `merge_states` take what FlashInfer's take; FlashInfer itself is not needed. A decode batch
-reads pages that its requests share once: they are found from equal leading page ids. All levels of a cascade are one
-`tree_attention` call instead of a call and a merge for each, and nothing is rounded between them.
+`merge_state_in_place` and `merge_states` take what FlashInfer's take; FlashInfer itself is not needed. Its prefill
+wrappers are not here. A decode batch reads pages that its requests share once: they are found from equal leading page
+ids. All levels of a cascade are one `tree_attention` call instead of a call and a merge for each, and nothing is
+rounded between them.
 
 Where the results differ from FlashInfer's, on purpose:
 

@@ -3,7 +3,7 @@
 SGLang's radix cache gives requests with a common prefix, such as the n samples of a prompt, the same KV slots. They are
 found as equal leading pages of the requests' page tables, once in a forward, and every layer attends over that tree.
 
-    pip install tts-kernels sglang          # SGLang finds the plugin by its entry point
+    pip install --no-deps .       # of this package, where SGLang is installed: it finds the plugin by its entry point
     sglang serve --model-path MODEL --attention-backend tts_kernels --page-size 16
     sglang.Engine(model_path=MODEL, attention_backend="tts_kernels", page_size=16)
 

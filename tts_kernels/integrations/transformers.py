@@ -26,6 +26,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
+from tts_kernels.errors import check_int
+
 from .transformers_attention import attention_switched, describe, layer_types, refuse, unsupported_reasons
 from .transformers_cache import TreeCache
 
@@ -57,7 +59,7 @@ def generate(
         result's `past_key_values` is the `TreeCache`, which counts its bytes. A model refuses to go on from it.
 
     Raises:
-        TypeError: `model`, `input_ids` or `page_size` is of another kind.
+        TypeError: `model`, `input_ids`, `num_return_sequences` or `page_size` is of another kind.
         ValueError: the model or the call cannot run over a shared tree (all reasons are listed; a few can be seen only
             once the model runs), or padding that is not on the left.
 
@@ -71,6 +73,7 @@ def generate(
     if not input_ids.numel():
         raise ValueError(f"input_ids: expected at least one question and one token, got shape {tuple(input_ids.shape)}")
     if num_return_sequences is not None:
+        check_int("num_return_sequences", num_return_sequences, 1)
         generate_kwargs = _with_samples(generate_kwargs, num_return_sequences)
     config, model_kwargs = _merge_settings(model, generate_kwargs)
     reasons = unsupported_reasons(model) + _unsupported_settings(config, model_kwargs, generate_kwargs)

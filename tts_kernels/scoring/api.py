@@ -50,7 +50,8 @@ def step_scores(
         head: a ScoreHead for hidden states of size d, its weights on the device of `hidden`.
         offsets: int64 or int32 [N + 1], from 0 to M: candidate i owns positions[offsets[i]:offsets[i + 1]].
         ordered: also require that the positions of a candidate ascend.
-        backend: "reference", "cpu", "triton" or "cuda": runs there or raises, never elsewhere. Default: by device.
+        backend: "reference", "cpu", "triton" or "cuda": runs there or raises, never elsewhere. Default: what was
+            measured to be fastest (`tts-kernels tune`), else by device.
         check: look at the values of positions and offsets on a device too, which synchronises. On the CPU they are
             always looked at. Without it wrong values on a device are undefined behaviour.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import Context, Decimal
 
 BOX = "\\boxed{"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
@@ -47,7 +47,7 @@ def canonical(answer: str) -> str:
     answer = SPACING.sub("", answer).strip("$").rstrip(".").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     if NUMBER.fullmatch(answer):
         number = Decimal(answer)
-        return f"{number.normalize():f}" if number else "0"
+        return f"{number.normalize(Context(prec=len(answer))):f}" if number else "0"
     return answer
 
 

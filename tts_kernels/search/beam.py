@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from tts_kernels.tree.checks import check_int, fail
 
-from .checks import check_stop
+from .checks import check_stop, check_verifier
 from .drive import Call
 from .record import SearchBatch, SearchResult
 from .run import Beam, Grow, Judge, Run, Search
@@ -177,6 +177,7 @@ def _check(verifier: Verifier, width: int, expand: int, depth: int, stop: str | 
         check_int(name, value, 1)
     if stop is None:
         fail("stop", "a string or a list of strings: they end a step", "None", TypeError)
+    check_verifier(verifier)
     if not verifier.recipe.stepwise:
         fail("verifier", "one whose recipe scores step after step", f"recipe {verifier.recipe.name}: use best_of_n")
     return check_stop(stop)

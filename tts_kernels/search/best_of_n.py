@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from tts_kernels.tree.checks import check_int
 
+from .checks import check_verifier
 from .drive import Call
 from .record import SearchBatch, SearchResult
 from .run import Grow, Judge, Run, Search
@@ -83,6 +84,8 @@ def _sample(
     options: Mapping[str, Any],
 ) -> SearchResult | SearchBatch:  # fmt: skip
     check_int("n", n, 1)
+    if choose != "majority":
+        check_verifier(verifier)
 
     def search(run: Run) -> Search:
         candidates = yield Grow([run.root] * n, None)

@@ -20,6 +20,11 @@ def check_questions(name: str, question: str | Sequence[str]) -> tuple[str, ...]
     return tuple(question)
 
 
+def check_verifier(verifier: object) -> None:
+    if verifier is None:
+        fail("verifier", "a Verifier: only majority needs none", "None", TypeError)
+
+
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("top_k", top_k, 0)

@@ -123,6 +123,8 @@ class Policy:
     def start_all(self, prompts: Sequence[str | Sequence[int] | Tensor]) -> list[int]:
         """As `start`, for each of the prompts. What those begin with whose first page of tokens is the same is stored,
         and computed, once."""
+        if isinstance(prompts, str):
+            fail("prompts", "a list of prompts", repr(prompts), TypeError)
         names = ["prompt"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
         return self._start([self._prompt_ids(*one) for one in zip(names, prompts)])
 

@@ -41,6 +41,15 @@ def check_options(page_size: int, causal: bool) -> None:
         fail("causal", "a bool", repr(causal), TypeError)
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    if not isinstance(device, (torch.device, str)):  # Tensor.to would take a dtype too
+        fail("device", "a torch.device or its name", repr(device), TypeError)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        fail("device", "a torch.device or its name", repr(device))
+
+
 def page_lists(pages: Sequence[Sequence[int]]) -> list[list[int]]:
     """`pages` as lists, or the error that says why not."""
     if not isinstance(pages, Iterable):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tts_kernels.tree.checks import INT32_MAX, check_int, check_options, fail, int_list
+from tts_kernels.tree.checks import INT32_MAX, check_device, check_int, check_options, fail, int_list
 from tts_kernels.tree.plan import TreePlan, int_tensor, preorder
 from tts_kernels.tree.prefix import Run, common_pages, shared_runs
 
@@ -117,7 +117,7 @@ def pack(
     Raises TypeError for what is not of these types and ValueError for a wrong value.
     """
     question = read_question(Names("prompt", "candidates", "step_ends"), prompt, candidates, step_ends)
-    return pack_questions([question], device)
+    return pack_questions([question], check_device(device))
 
 
 def pack_many(
@@ -144,7 +144,7 @@ def pack_many(
         read_question(Names(f"prompts[{g}]", f"candidates[{g}]", f"step_ends[{g}]"), *of_one)
         for g, of_one in enumerate(zip(prompts, candidates, step_ends))
     ]
-    return pack_questions(questions, device)
+    return pack_questions(questions, check_device(device))
 
 
 def shared_beginnings(sequences: Sequence[Sequence[int]], page_size: int) -> list[tuple[list[int], int]]:
@@ -186,7 +186,7 @@ class Path(NamedTuple):
     rest: bytes
 
 
-def pack_questions(questions: list[Question], device: torch.device | str) -> PackedTree:
+def pack_questions(questions: list[Question], device: torch.device) -> PackedTree:
     trunks, paths = cut_into_paths(questions)
     length = [(len(trunks[path.trunk]) + len(path.rest)) // ITEM for path in paths]
     order = sorted(range(len(paths)), key=paths.__getitem__)

@@ -14,6 +14,7 @@ import torch
 
 from tts_kernels.tree.checks import (
     INT32_MAX,
+    check_device,
     check_int,
     check_nodes,
     check_options,
@@ -37,7 +38,7 @@ PARENT, LENGTH, POSITION, PAGE_BEGIN, OWN_BEGIN, OWN_END, ROWS_END = range(7)  #
 @dataclass(eq=False)
 class TreePlan:
     """What a tree attention call needs to know about the tree. Build it with `from_nodes`, `from_block_table` or
-    `KVTree.plan`; read it; change it only with `advance_`. (One with room, of KVTree.plan, takes other trees too.)
+    `KVTree.plan`; read it; change it only with `advance_`. (One with room takes other trees too.)
 
     Nodes lie in depth-first preorder (roots and siblings in the order given), rows in the order of their nodes, so a
     node serves one range of rows, [OWN_BEGIN, ROWS_END). All tensors are int32, contiguous and on `device`:
@@ -153,6 +154,7 @@ class TreePlan:
         Raises TypeError for what is not of these types and ValueError for a wrong value.
         """
         check_options(page_size, causal)
+        device = check_device(device)
         made = native.plan_from_nodes(parent, length, pages, rows, page_size) if native else None
         if made is not None:
             return from_tables(*made, page_size=page_size, causal=causal, device=device)
