@@ -41,7 +41,7 @@ def common_metadata(batch, causal=True):
         starts.append(starts[-1] + rows)
     return SimpleNamespace(
         num_reqs=len(batch), num_actual_tokens=starts[-1], causal=causal, block_table_tensor=table,
-        max_query_len=max(rows for *_, rows in batch), query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
+        max_query_len=max(rows for *_, rows in batch), query_start_loc=torch.tensor(starts, dtype=torch.int32),
         seq_lens=torch.tensor([tokens for _, tokens, _ in batch], dtype=torch.int32),
     )  # fmt: skip
 

@@ -131,7 +131,7 @@ class Engine:
         return [
             SimpleNamespace(
                 num_reqs=size, num_actual_tokens=size, max_query_len=1, causal=True, block_table_tensor=table[:size],
-                query_start_loc_cpu=torch.arange(size + 1, dtype=torch.int32).clamp(max=n),
+                query_start_loc=torch.arange(size + 1, dtype=torch.int32).clamp(max=n),
                 seq_lens=self.seq_lens[:size],
             )
             for table in self.tables

@@ -11,7 +11,8 @@ found as equal leading pages of the requests' page tables, once in a forward, an
 them; a GPU is waited for once in a forward, before a graph is replayed. Refused at the start, by name: speculative
 decoding, multi-head latent attention, encoders and cross attention, values of another head_dim than keys, chunked local
 attention, context parallelism, and KV caches but those of the model's dtype and fp8_e4m3. For some models, such as
-gpt-oss, SGLang itself takes none but backends of its own.
+gpt-oss, SGLang itself takes none but backends of its own. Images of Gemma 3, whose tokens see one another both ways
+with SGLang's triton backend, are causal here, as with its others.
 
 Nothing here needs SGLang but `register`; sglang_backend.py is the backend itself, graph_plans.py has what its decode
 graphs read.

@@ -139,7 +139,7 @@ class TreeBuilder(AttentionMetadataBuilder[TreeMetadata]):
             table,
             c.seq_lens[: c.num_reqs],
             page_size=self.block_size,
-            q_lens=c.query_start_loc_cpu[: c.num_reqs + 1].diff(),
+            q_lens=c.query_start_loc[: c.num_reqs + 1].diff(),  # its host copy may still be under way
             causal=c.causal,
             least_saving=self.least_saving,
             into=self.graph_plans.plan_for(*table.shape, c.causal) if captured else None,
